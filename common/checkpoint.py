@@ -1,0 +1,35 @@
+"""Saving and loading: whole files or none, and never a pickle that could run something."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from common.cli import UserError
+
+
+def save(content, path):
+    """Writes `content` (tensors, numbers, text, in lists and dictionaries) so that at every instant
+    `path` is the whole old file or the whole new one. Raises OSError."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path):
+    """What `save` wrote, on the CPU. Raises `UserError` if there is none or it is something else."""
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds, by what the file turns out to be
+        raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})")

@@ -1,0 +1,156 @@
+"""How every script starts: flags that mean the same everywhere, one line for an error that the user
+can mend, and the device with its precision."""
+
+import argparse
+import ctypes
+import functools
+import math
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message names the thing and the way out."""
+
+
+def command(main):
+    """Decorates a script's `main(argv)`: a `UserError`, or a file that cannot be read or written,
+    becomes one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            if error.filename is None:  # not about a file: a bug, which deserves its traceback
+                raise
+            message = f"{error.filename}: {error.strerror}"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:  # NaN fails the first test
+            limits = f"from {low} to {high}" if high < math.inf else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names it in errors
+    return parse
+
+
+FLAGS = {
+    "data": dict(
+        default="data",
+        metavar="DIR",
+        help="where CIFAR-10 is: its python archive, or pictures as train/<class>/* and test/<class>/* "
+        "(default: data, downloaded when missing)",
+    ),
+    "dataset": dict(
+        default="cifar10",
+        choices=["cifar10", "digits"],
+        help="digits: the 1,797 handwritten digits of scikit-learn, to try everything with no "
+        "download (default: cifar10)",
+    ),
+    "weights": dict(metavar="FILE", help="the trained network (default: runs/<dataset>/weights.pt)"),
+    "image": dict(
+        metavar="N|FILE",
+        help="picture N of the test set, counted from 0, or a picture file (default: 0)",
+    ),
+    "map": dict(
+        type=number(int, 0),
+        metavar="N",
+        help="the feature map, counted from 0 (default: the one with the highest mean activation)",
+    ),
+    "method": dict(
+        default="guided",
+        choices=["gradient", "guided", "deconvnet"],
+        help="how a ReLU passes the signal back (default: guided)",
+    ),
+    "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),
+    "device": dict(default="auto", help="cuda, mps or cpu (default: the first that is there)"),
+}
+
+
+def parser(description, *flags):
+    """An argument parser with those of `FLAGS`; the script adds what only it has."""
+    result = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in flags:
+        result.add_argument(f"--{flag}", **FLAGS[flag])
+    return result
+
+
+def folder(path):
+    """The folder `path`, made if need be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path} ({error.strerror}): name another with --out")
+    return path
+
+
+def device(name):
+    """The torch device of that name; "auto" is the first there is of cuda, mps and cpu."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = None
+    if found is None or not there.get(found.type) or (found.index or 0) >= _count(found.type):
+        choices = ", ".join(kind for kind in there if there[kind])
+        raise UserError(f"no device {name!r} on this machine: --device takes {choices}")
+    if found.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        _keep_freed_memory()
+    return found
+
+
+def _count(kind):
+    return torch.cuda.device_count() if kind == "cuda" else 1
+
+
+def _keep_freed_memory():
+    """Makes glibc keep what is freed. By default every large activation is mapped anew from the
+    kernel, page by page, at every step: half the time of a training step on a CPU goes there."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is a mapping of its own
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
+    libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that every thread finds what another freed
+
+
+def precision(name, device):
+    """The number format for training on `device`: "fp32", "bf16" or "fp16". "auto" is bf16 where
+    the hardware computes with it, fp16 on older CUDA devices, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        cpu = torch.cpu
+        if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
+            return "bf16"
+    return "fp32"
+
+
+def autocast(device, precision):
+    """The context in which the network computes with that precision."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

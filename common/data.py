@@ -1,0 +1,242 @@
+"""The pictures: finding them, reading them, and making batches of them on the device.
+
+The way of a picture: uint8 [N, 3, 32, 32] on the device → crop, flip → float, normalise → resize
+to the step's size → network."""
+
+import hashlib
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits, load_sample_image
+from sklearn.model_selection import train_test_split
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+from common import checkpoint
+from common.cli import UserError
+
+CIFAR10_CLASSES = (
+    "airplane automobile bird cat deer dog frog horse ship truck".split()
+)  # in the order of their labels
+SIDE = 32  # pixels: what a picture is before it is resized for the network
+
+
+class Dataset(NamedTuple):
+    train_images: torch.Tensor  # uint8 [N, 3, 32, 32]
+    train_labels: torch.Tensor  # int64 [N]
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list  # their names, by label
+    source: str  # what was read, in words
+
+
+def load(name, directory):
+    """The data set `name`, "cifar10" or "digits", as tensors on the CPU.
+
+    CIFAR-10 comes from `directory`: pictures as train/<class>/* and test/<class>/*, or the python
+    archive, which is downloaded when neither is there. The training pictures are in an order in
+    which any first or last part of them has all classes. Raises `UserError`."""
+    if name == "digits":
+        return _digits()
+    root = Path(directory)
+    if not root.is_dir() and root != Path("data"):  # data, the default, is made
+        raise UserError(f"no folder {root}: name the one that has CIFAR-10 with --data")
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        return _pictures(root)
+    return _archive(root)
+
+
+def _digits():
+    """The 8×8 digits of scikit-learn, enlarged to 32×32 RGB; a fifth of each class for testing."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.interpolate(images, size=SIDE, mode="bilinear").round().to(torch.uint8)
+    train, test = train_test_split(
+        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    images, labels = images.expand(-1, 3, -1, -1), torch.tensor(digits.target)
+    return Dataset(
+        images[train],
+        labels[train],
+        images[test],
+        labels[test],
+        [str(digit) for digit in range(10)],
+        "scikit-learn's handwritten digits",
+    )
+
+
+def _archive(root):
+    archive = root / CIFAR10.filename
+    if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
+        raise UserError(f"{archive} has a wrong checksum: delete it, and the next run downloads it again")
+    try:
+        train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"no CIFAR-10 in {root}, and its download failed ({error}): put the python archive or "
+            "folders train/<class> and test/<class> there, or try --dataset digits"
+        )
+
+    def tensors(part):
+        return torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)
+
+    return Dataset(*tensors(train), *tensors(test), CIFAR10_CLASSES, "CIFAR-10, python archive")
+
+
+def _pictures(root):
+    """CIFAR-10 as folders of pictures. What they hold is kept in root/decoded.pt, so that only the
+    first start decodes them; the names, sizes and times of the files tell whether it still holds."""
+    files = {split: _list_pictures(root / split) for split in ("train", "test")}
+    fingerprint = hashlib.sha256(repr(files).encode()).hexdigest()
+    cache = root / "decoded.pt"
+    try:
+        decoded = checkpoint.load(cache)
+        fresh = decoded["fingerprint"] == fingerprint
+    except (UserError, KeyError, TypeError):  # none there, or not one of ours
+        fresh = False
+    if not fresh:
+        decoded = {"fingerprint": fingerprint}
+        for split, listed in files.items():
+            paths = [root / split / name for name, *_ in listed]
+            with ThreadPoolExecutor() as pool:
+                pictures = pool.map(read_picture, paths)
+                progress = tqdm(pictures, f"reading {root / split}", len(paths), leave=False)
+                decoded[f"{split}_images"] = torch.stack(list(progress))
+            labels = [CIFAR10_CLASSES.index(name.split("/")[0]) for name, *_ in listed]
+            decoded[f"{split}_labels"] = torch.tensor(labels)
+        try:
+            checkpoint.save(decoded, cache)
+        except OSError as error:
+            print(f"the next start decodes the pictures again: cannot keep them in {error.filename}")
+    return Dataset(
+        decoded["train_images"],
+        decoded["train_labels"],
+        decoded["test_images"],
+        decoded["test_labels"],
+        CIFAR10_CLASSES,
+        "CIFAR-10, folders of pictures",
+    )
+
+
+def _list_pictures(folder):
+    """(class/name, size in bytes, time of change) of every picture: the first of each class, then the
+    second of each class, and so on."""
+    by_class = []
+    for name in CIFAR10_CLASSES:
+        try:
+            with os.scandir(folder / name) as entries:
+                found = sorted(
+                    (f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns)
+                    for entry in entries
+                    if entry.name.lower().endswith(IMG_EXTENSIONS)
+                )
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"the class folder {folder / name} is missing: every class needs one")
+        if not found:
+            raise UserError(f"the class folder {folder / name} has no pictures: put them there")
+        by_class.append(found)
+    return [entry for row in itertools.zip_longest(*by_class) for entry in row if entry]
+
+
+def read_picture(path):
+    """A picture file as uint8 [3, 32, 32]: centre-cropped to a square and shrunk with antialiasing
+    where it is not that size already. Raises `UserError` if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"no picture {path}: name a picture file or the number of a test picture")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}): mend, replace or remove it")
+    return _to_square(image)
+
+
+def _to_square(image):
+    if image.size != (SIDE, SIDE):
+        image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def one_picture(image, name, directory):
+    """The picture to look at: (uint8 [3, 32, 32], what it is in words).
+
+    `image` is the number of a test picture, a picture file, or None: the first test picture, or,
+    where that data is not there, a photograph that scikit-learn ships. Raises `UserError`."""
+    if image is not None and not image.isdigit():
+        return read_picture(image), Path(image).name
+    here = name == "digits" or any(
+        (Path(directory) / part).exists() for part in ("test", CIFAR10.filename, CIFAR10.base_folder)
+    )
+    if image is None and not here:
+        print(
+            f"no CIFAR-10 in {directory} (python train.py downloads it, --data names another folder): "
+            "using scikit-learn's photograph of a flower"
+        )
+        return _to_square(Image.fromarray(load_sample_image("flower.jpg"))), "a flower"
+    dataset, index = load(name, directory), int(image or 0)
+    if index >= len(dataset.test_images):
+        last = len(dataset.test_images) - 1
+        raise UserError(f"no test picture {index}: --image takes 0 to {last}, or a picture file")
+    label = dataset.classes[dataset.test_labels[index]]
+    return dataset.test_images[index], f"test picture {index}: {label}"
+
+
+class Plan(NamedTuple):
+    """What an epoch does: for each of its steps' pictures, in order, which one it is and how it is
+    cropped and flipped. Drawn at once from (seed, epoch), so that any step can be done again."""
+
+    order: torch.Tensor  # int64 [N]
+    dy: torch.Tensor  # int64 [N], pixels
+    dx: torch.Tensor
+    flip: torch.Tensor  # bool [N]
+
+    def batches(self, size, start=0):
+        """The plan in parts of `size` pictures from number `start` on; a last, smaller one is left
+        out unless it is the only one."""
+        steps = max(1, len(self.order) // size)
+        for step in range(start, steps):
+            yield Plan(*(part[step * size : (step + 1) * size] for part in self))
+
+
+def plan(n, seed, epoch, shift, flip, device="cpu"):
+    """A `Plan` for `n` pictures: shuffled, shifted by up to `shift` pixels, half of them flipped
+    if `flip`. The same on every device."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n, generator=generator)
+    dy, dx = torch.randint(-shift, shift + 1, (2, n), generator=generator)
+    flips = torch.rand(n, generator=generator) < (0.5 if flip else 0)
+    return Plan(*(part.to(device) for part in (order, dy, dx, flips)))
+
+
+def cropped(images, batch):
+    """The pictures of a batch: uint8 [N, 3, S, S] and a `Plan` of B → uint8 [B, 3, S, S],
+    channels last. What a shift uncovers is the picture's own reflection."""
+    side = images.shape[-1]
+
+    def reflect(index):  # … 2 1 | 0 1 2 … S-1 | S-2 S-3 …
+        return (side - 1) - ((side - 1) - index.abs()).abs()
+
+    index = torch.arange(side, device=images.device)
+    rows = reflect(index + batch.dy[:, None])
+    columns = torch.where(batch.flip[:, None], index.flip(0), index) + batch.dx[:, None]
+    picked = images[batch.order[:, None, None], :, rows[:, :, None], reflect(columns)[:, None, :]]
+    return picked.permute(0, 3, 1, 2)  # the indexing put the channels last
+
+
+def prepare(images, size, mean, std):
+    """What the network gets: uint8 [N, 3, S, S] → float32 [N, 3, size, size], channels last,
+    (value / 255 - mean) / std per channel, bilinear."""
+    shape = (1, 3, 1, 1)
+    mean = torch.tensor(mean, device=images.device).view(shape) * 255
+    std = torch.tensor(std, device=images.device).view(shape) * 255
+    x = ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

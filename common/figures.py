@@ -1,0 +1,151 @@
+"""Drawing: grids of maps and filters, column charts, curves, a picture beside its pattern."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.cli import UserError, folder
+
+
+def save(figure, out, name):
+    """Writes the figure to `out`/`name` and prints that path. Raises `UserError`."""
+    path = folder(out) / name
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): name another folder with --out")
+    print(path)
+
+
+def show(axes, tensor):
+    """Draws uint8 [3, H, W] or float [3, H, W] in 0 … 1 as a picture without ticks."""
+    axes.imshow(tensor.permute(1, 2, 0).cpu().numpy())
+    axes.set(xticks=[], yticks=[])
+
+
+def tile(cells, columns, gap=1):
+    """[N, h, w] or [N, h, w, 3] → one array, `columns` cells a row, NaN between the cells."""
+    n, h, w = cells.shape[:3]
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, *cells.shape[3:]), np.nan)
+    for i, cell in enumerate(cells):
+        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        sheet[top : top + h, left : left + w] = cell
+    return sheet
+
+
+def grid(cells, columns, title, scale, label, signed=False, gap=1):
+    """A figure of all cells [N, h, w] (or RGB in 0 … 1, [N, 3, h, w]) on one scale, numbered at the edges.
+
+    `scale` is the value drawn brightest, `label` what the colour bar says; `signed` puts zero at
+    neutral grey. An RGB grid has no colour bar."""
+    cells = cells.detach().cpu()
+    rgb = cells.dim() == 4
+    cells = (cells.permute(0, 2, 3, 1) if rgb else cells).numpy()
+    n, h, w = cells.shape[:3]
+    sheet = tile(cells, columns, gap)
+    width = 9
+    height = width * sheet.shape[0] / sheet.shape[1] * (0.95 if rgb else 0.88) + 0.9
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(
+        np.nan_to_num(sheet, nan=1.0) if rgb else sheet,
+        cmap="gray" if signed else "inferno",
+        vmin=-scale if signed else 0,
+        vmax=scale,
+        interpolation="nearest",
+    )
+    every = max(1, columns // 16)
+    axes.set_xticks([c * (w + gap) + (w - 1) / 2 for c in range(0, columns, every)])
+    axes.set_xticklabels([f"+{c}" for c in range(0, columns, every)])
+    axes.set_yticks([r * (h + gap) + (h - 1) / 2 for r in range(math.ceil(n / columns))])
+    axes.set_yticklabels([r * columns for r in range(math.ceil(n / columns))])
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title)
+    if not rgb:
+        figure.colorbar(shown, label=label, shrink=0.6, aspect=30)
+    return figure
+
+
+def column_chart(values, marked, title, label):
+    """A figure with a column for each of `values` [N]; number `marked` stands out, with its value."""
+    values = values.cpu().numpy()
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(values)), values, width=1.0 if len(values) > 100 else 0.8, color="#4c78a8")
+    axes.bar(marked, values[marked], width=max(0.8, len(values) / 150), color="#e4572e")
+    axes.annotate(
+        f"map {marked}: {values[marked]:.3f}",
+        (marked, values[marked]),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="left" if marked < len(values) / 10 else "right" if marked > len(values) * 0.9 else "center",
+        color="#b03a16",
+    )
+    axes.set(title=title, xlabel="feature map", ylabel=label, xlim=(-1, len(values)))
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def picture_and_pattern(picture, maps, pattern, title, labels):
+    """A figure of three: the picture, uint8 [3, S, S]; the map, [h, w]; the pattern, [3, H, W], zero at
+    neutral grey and its largest value at full strength. `labels` are their captions."""
+    figure = Figure(figsize=(11, 4.3), layout="constrained")
+    axes = figure.subplots(1, 3)
+    show(axes[0], picture)
+    shown = axes[1].imshow(maps.detach().cpu().numpy(), cmap="inferno", vmin=0)
+    axes[1].set(xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes[1], label="activation", shrink=0.75)
+    largest = pattern.abs().max().clamp(min=1e-12)
+    show(axes[2], 0.5 + pattern / (2 * largest))
+    for axis, label in zip(axes, labels):
+        axis.set_xlabel(label)
+    figure.suptitle(title)
+    return figure
+
+
+def loss_curve(losses, title):
+    """Figure 6.2: training loss per iteration, faint, under its running mean."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    losses = np.asarray(losses)
+    axes.plot(np.arange(1, len(losses) + 1), losses, color="#9db7d5", lw=0.7, label="each iteration")
+    window = max(1, min(100, len(losses) // 10))
+    if window > 1:
+        mean = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(
+            np.arange(window, len(losses) + 1), mean, color="#1f4e8c", label=f"mean of the last {window}"
+        )
+    axes.set(title=title, xlabel="iteration", ylabel="training loss", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def accuracy_curve(epochs, title):
+    """Figure 6.1: accuracy after each epoch, on the test set and in training; `epochs` are rows of
+    metrics.csv. Dotted lines show where the size of the pictures changes."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    numbers = [row["epoch"] for row in epochs]
+    for key, label, colour in (
+        ("test_accuracy", "validation", "#1f4e8c"),
+        ("train_accuracy", "training", "#e4572e"),
+    ):
+        axes.plot(numbers, [100 * row[key] for row in epochs], "o-", ms=3, color=colour, label=label)
+    for before, row in zip([None, *epochs], epochs):
+        if before is None or before["size"] != row["size"]:
+            left = row["epoch"] - 0.5
+            axes.axvline(left, color="grey", lw=0.8, ls=":")
+            axes.annotate(
+                f"{row['size']} px", (left, 0.01), xycoords=("data", "axes fraction"), fontsize=8,
+                color="grey", xytext=(3, 0), textcoords="offset points",
+            )  # fmt: skip
+    axes.set(title=title, xlabel="epoch", ylabel="accuracy, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="lower right")
+    axes.grid(alpha=0.3)
+    return figure
