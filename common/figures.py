@@ -35,11 +35,11 @@ def tile(cells, columns, gap=1):
     return sheet
 
 
-def grid(cells, columns, title, scale, label, signed=False, gap=1):
-    """A figure of all cells [N, h, w] (or RGB in 0 … 1, [N, 3, h, w]) on one scale, numbered at the edges.
+def grid(cells, columns, title, scale=None, label="", signed=False, gap=1):
+    """A figure of all cells [N, h, w], numbered at the edges, on one scale from 0 (or, if `signed`, from
+    -`scale`, with zero at neutral grey) to `scale`; `label` is the colour bar's.
 
-    `scale` is the value drawn brightest, `label` what the colour bar says; `signed` puts zero at
-    neutral grey. An RGB grid has no colour bar."""
+    Or of RGB cells [N, 3, h, w] in 0 … 1, which need no scale."""
     cells = cells.detach().cpu()
     rgb = cells.dim() == 4
     cells = (cells.permute(0, 2, 3, 1) if rgb else cells).numpy()
@@ -90,19 +90,28 @@ def column_chart(values, marked, title, label):
     return figure
 
 
-def picture_and_pattern(picture, maps, pattern, title, labels):
+def picture(image, title, caption):
+    """A figure of one picture, uint8 [3, S, S]."""
+    figure = Figure(figsize=(4.5, 5), layout="constrained")
+    axes = figure.subplots()
+    show(axes, image)
+    axes.set(title=title, xlabel=caption)
+    return figure
+
+
+def picture_and_pattern(image, feature_map, pattern, title, captions):
     """A figure of three: the picture, uint8 [3, S, S]; the map, [h, w]; the pattern, [3, H, W], zero at
-    neutral grey and its largest value at full strength. `labels` are their captions."""
+    neutral grey and its largest value at full strength."""
     figure = Figure(figsize=(11, 4.3), layout="constrained")
     axes = figure.subplots(1, 3)
-    show(axes[0], picture)
-    shown = axes[1].imshow(maps.detach().cpu().numpy(), cmap="inferno", vmin=0)
+    show(axes[0], image)
+    shown = axes[1].imshow(feature_map.detach().cpu().numpy(), cmap="inferno", vmin=0)
     axes[1].set(xticks=[], yticks=[])
     figure.colorbar(shown, ax=axes[1], label="activation", shrink=0.75)
     largest = pattern.abs().max().clamp(min=1e-12)
     show(axes[2], 0.5 + pattern / (2 * largest))
-    for axis, label in zip(axes, labels):
-        axis.set_xlabel(label)
+    for axis, caption in zip(axes, captions):
+        axis.set_xlabel(caption)
     figure.suptitle(title)
     return figure
 

@@ -21,10 +21,10 @@ class Network(NamedTuple):
     classes: list
     size: int  # pixels: the last that it was trained at
 
-    def prepare(self, images, size=224):
+    def prepare(self, images):
         """uint8 [N, 3, S, S] or [3, S, S] → what the model gets, [N, 3, size, size]."""
-        device = next(self.model.parameters()).device
-        return data.prepare(images.view(-1, *images.shape[-3:]).to(device), size, self.mean, self.std)
+        images = images.view(-1, *images.shape[-3:]).to(self.model.fc.weight.device)
+        return data.prepare(images, self.size, self.mean, self.std)
 
 
 def load_network(path, dataset, device):
@@ -97,13 +97,20 @@ RELU_BACKWARD = {
 }
 
 
-def reconstruct(model, x, layer, number=None, method="guided"):
+METHOD_NAMES = {
+    "gradient": "the gradient",
+    "deconvnet": "a deconvnet",
+    "guided": "guided backpropagation",
+}
+
+
+def reconstruct(model, x, layer, number, method="guided"):
     """The pattern in the picture that a feature map responded to, by backpropagation.
 
     The map's own activations go back from `layer` as the gradient, with all other maps at zero, down
-    to the pixels; `method` says what a ReLU does with them on the way. `x` is [1, 3, H, W],
-    normalised; without a `number` the strongest map is taken. Returns ([3, H, W], the map's number).
-    Raises `UserError` if there is no such layer or map."""
+    to the pixels; `method`, a key of RELU_BACKWARD, says what a ReLU does with them on the way. `x` is
+    [1, 3, H, W], normalised; the pattern is [3, H, W], of either sign. Raises `UserError` if there is
+    no such layer or map."""
     rule = RELU_BACKWARD[method]
     x = x.detach().requires_grad_()
     relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
@@ -113,11 +120,18 @@ def reconstruct(model, x, layer, number=None, method="guided"):
     ]
     try:
         (maps,) = feature_maps(model, x, layer)
-        number = choose_map(maps, number)
         signal = torch.zeros_like(maps)
-        signal[:, number] = maps[:, number].detach()
+        signal[:, choose_map(maps, number)] = maps[:, number].detach()
         (pattern,) = torch.autograd.grad(maps, x, signal)
     finally:
         for hook in hooks:
             hook.remove()
-    return pattern[0], number
+    return pattern[0]
+
+
+@torch.no_grad()
+def prediction(network, x):
+    """What the network takes the picture `x` [1, 3, H, W] for, in words."""
+    probabilities = network.model(x)[0].softmax(0)
+    best = int(probabilities.argmax())
+    return f"the network says {network.classes[best]} ({probabilities[best]:.0%})"

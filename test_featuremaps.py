@@ -1,0 +1,30 @@
+"""Figures 8.1 to 8.3: a picture, its 64 feature maps in conv1, and its 512 in the last layer of conv5_x."""
+
+from common import cli, data, figures, inside
+
+
+@cli.command
+def main(argv=None):
+    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device")
+    args = parser.parse_args(argv)
+    network = inside.load_network(args.weights, args.dataset, cli.device(args.device))
+    picture, name = data.one_picture(args.image, args.dataset, args.data)
+    x = network.prepare(picture)
+    print(f"{name}; {inside.prediction(network, x)}")
+
+    figure = figures.picture(picture, f"The picture: {name}", inside.prediction(network, x))
+    figures.save(figure, args.out, "picture.png")
+    for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
+        count, height, width = maps.shape[1:]
+        figure = figures.grid(
+            maps[0],
+            columns=8 if count == 64 else 32,
+            title=f"{name}: the {count} feature maps of {layer}, {height}×{width} each",
+            scale=maps.quantile(0.999) if maps.numel() < 2**24 else maps.max(),
+            label="activation (one scale for all maps)",
+        )
+        figures.save(figure, args.out, f"featuremaps_{layer}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Small data and a small trained run, made once."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from common import data
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """CIFAR-10 as folders of pictures: 6 to train on and 3 to test, for each class."""
+    root = tmp_path_factory.mktemp("cifar10")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for label, name in enumerate(data.CIFAR10_CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture = random.integers(0, 200, (32, 32, 3), dtype=np.uint8)
+                picture[:, :, label % 3] += np.uint8(5 * label)
+                Image.fromarray(picture).save(folder / f"{i:04}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A short run on the digits: its folder and what it printed is not kept."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    flags = "--dataset digits --limit 256 --epochs 2 --size 32 --no-visdom --device cpu --precision fp32"
+    assert not train.main([*flags.split(), "--out", str(out)])
+    return out
