@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -54,11 +55,13 @@ def start_server(port):
 
 
 class Page:
-    """The panes of one run, drawn by a thread of its own every two seconds from what the run has
-    appended to `history`; whatever happens to the server, the run neither stops nor waits.
+    """The panes of one run, drawn anew every two seconds by a thread of its own from what the run has
+    appended to `history`. So nothing that happens to the server stops the run or makes it wait, and a
+    server that comes back shows everything.
 
     `history` is a dictionary with "loss" (a number per iteration), "rate" (likewise) and "epochs"
-    (rows of metrics.csv); `name` is the page's environment in visdom; `settings` a dictionary."""
+    (rows of metrics.csv); `name` is the page's environment in visdom; `settings` is a dictionary. The
+    run sets `status`, a line of text. Raises `UserError` if something else listens on `port`."""
 
     def __init__(self, history, name, settings, port=PORT):
         self.history, self.settings, self.port = history, settings, port
@@ -73,8 +76,10 @@ class Page:
         print(f"live page: {address(port)}/env/{name}")
 
     def close(self, status):
-        """Draws and saves a last time, and ends the server if this page started it."""
+        """Draws and saves a last time, and ends the server if this page started it. Takes a moment, at
+        most ten seconds."""
         self.status = status
+        self._give_up = time.monotonic() + 8  # a short run may be over before its server is up
         self._closing.set()
         self._thread.join(timeout=10)
         if self.server:
@@ -82,16 +87,19 @@ class Page:
             self.server.wait()
 
     def _work(self):
-        closing = False
-        while not closing:
+        while True:
             closing = self._closing.wait(2)
             try:
                 self._draw()
                 if closing:
                     self._client.save([self.name])
+                    return
             except Exception as error:  # the page is a comfort, never a reason to end the run
                 logging.debug("visdom: %s", error)
                 self._client = self._drawn = None  # as new, when the server is back
+                if closing and (time.monotonic() > self._give_up or not self.server):
+                    return
+                time.sleep(0.2)
 
     def _draw(self):
         if self._client is None:
@@ -120,10 +128,9 @@ class Page:
                 ("Train Accuracy", "train_accuracy"),
             ):
                 self._line(title, numbers, [100 * row[key] for row in epochs], "epoch", "%")
-        rows = {"status": self.status, **self.settings}.items()
         cells = "".join(
-            f"<tr><td><b>{html.escape(str(key))}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
-            for key, value in rows
+            f"<tr><td><b>{html.escape(key)}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
+            for key, value in {"status": self.status, **self.settings}.items()
         )
         self._client.text(f"<table>{cells}</table>", win="Run", opts=dict(title="Run"))
         self._drawn = now
@@ -151,7 +158,7 @@ def serve(port):
     thread.start()
     thread.join(timeout=20)
     PAGES.mkdir(parents=True, exist_ok=True)
-    run(port, "127.0.0.1", env_path=f"{PAGES}/", bind_local=True)
+    run(port, "127.0.0.1", base_url="", env_path=f"{PAGES}/", bind_local=True)
 
 
 @cli.command

@@ -19,7 +19,7 @@ def main(argv=None):
         figure = figures.column_chart(
             strengths,
             strongest,
-            title=f"{name}: how strongly each of the {len(strengths)} maps of {layer} responds",
+            title=f"How strongly each of the {len(strengths)} maps of {layer} responds ({name})",
             label="mean activation",
         )
         figures.save(figure, args.out, f"activations_{layer}.png")

@@ -19,8 +19,8 @@ def main(argv=None):
         figure = figures.grid(
             maps[0],
             columns=8 if count == 64 else 32,
-            title=f"{name}: the {count} feature maps of {layer}, {height}×{width} each",
-            scale=maps.quantile(0.999) if maps.numel() < 2**24 else maps.max(),
+            title=f"The {count} feature maps of {layer}, {height}×{width} each ({name})",
+            scale=maps.max(),
             label="activation (one scale for all maps)",
         )
         figures.save(figure, args.out, f"featuremaps_{layer}.png")

@@ -225,7 +225,9 @@ def train(settings, dataset, out, device, port, saved=None):
         tqdm.write("stopping after this step …", file=sys.stderr)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    page = Page(history, out.name, settings, port) if port else None
+    shown = {key: settings[key] for key in ("recipe", *RECIPES["fast"], "precision", "seed")}
+    shown["sizes"] = schedule(sizes)
+    page = Page(history, out.name, shown, port) if port else None
     work = [size * size for size in sizes]  # of an epoch: it grows with the pixels
     work_done, began = 0.0, time.time()  # in this process
     try:
@@ -259,14 +261,14 @@ def train(settings, dataset, out, device, port, saved=None):
                 if unread is not None:
                     record(unread)
                     work_done += work[epoch] / steps
-                    left = (
-                        (time.time() - began) / work_done * (sum(work[epoch:]) - work[epoch] * step / steps)
-                    )
+                    to_do = sum(work[epoch:]) - work[epoch] * step / steps
+                    left = tqdm.format_interval((time.time() - began) * to_do / work_done)
+                    loss_now, accuracy_now = history["loss"][-1], history["accuracy"][-1]
                     bar.set_postfix_str(
-                        f"loss {history['loss'][-1]:.3f}, accuracy {history['accuracy'][-1]:.1%}, "
-                        f"whole run {tqdm.format_interval(left)} left",
-                        refresh=False,
+                        f"loss {loss_now:.3f}, accuracy {accuracy_now:.1%}, run {left} left", refresh=False
                     )
+                    if page:
+                        page.status = f"epoch {epoch + 1} of {epochs}, {size} px; {left} left"
                 unread = torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean()))
                 bar.update(batch_size)
                 if signals:
@@ -347,15 +349,20 @@ def load_data(args, settings, device):
     return dataset._replace(**{key: getattr(dataset, key).to(device) for key in dataset._fields[:4]})
 
 
+def schedule(sizes):
+    """[96, 96, 224] → "96 px for 2, 224 px for 1" """
+    runs = [(size, len(list(group))) for size, group in itertools.groupby(sizes)]
+    return ", ".join(f"{size} px for {count}" for size, count in runs)
+
+
 def start_up_lines(settings, dataset, out, device):
-    sizes = [(size, len(list(group))) for size, group in itertools.groupby(settings["sizes"])]
-    schedule = ", ".join(f"{size} px for {count}" for size, count in sizes)
-    hint = "" if len(sizes) == 1 else " (--size 224: 224 px throughout)"
+    """What this run is going to do, in two lines."""
+    hint = "" if len(set(settings["sizes"])) == 1 else " (--size 224: every step at 224 px)"
     return (
         f"ResNet-18 on {dataset.source}: {len(dataset.train_images):,} pictures to train on, "
         f"{len(dataset.test_images):,} {'held out' if settings['holdout'] else 'to test'}; "
         f"{device}, {settings['precision']}; to {out}\n"
-        f"recipe {settings['recipe']}: {settings['epochs']} epochs, of which {schedule}{hint}; "
+        f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(settings['sizes'])}{hint}; "
         f"batch {settings['batch_size']}, rate {settings['lr']}"
     )
 

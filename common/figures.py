@@ -75,7 +75,7 @@ def column_chart(values, marked, title, label):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(values)), values, width=1.0 if len(values) > 100 else 0.8, color="#4c78a8")
-    axes.bar(marked, values[marked], width=max(0.8, len(values) / 150), color="#e4572e")
+    axes.bar(marked, values[marked], width=max(0.8, len(values) / 250), color="#e4572e")
     axes.annotate(
         f"map {marked}: {values[marked]:.3f}",
         (marked, values[marked]),
