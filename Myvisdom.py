@@ -2,14 +2,14 @@
 
 import html
 import logging
+import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+import requests  # comes with visdom
 import visdom
 
 from common import cli
@@ -25,22 +25,21 @@ def address(port):
 def listening(port):
     """Whether a visdom server listens on `port`. Raises `UserError` if something else does."""
     try:
-        with urllib.request.urlopen(address(port), timeout=3) as answer:
-            is_visdom = b"visdom" in answer.read().lower()
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError):
-            return False
-        is_visdom = False
-    except (OSError, ValueError):  # no answer in time, or not HTTP
-        is_visdom = False
-    except Exception as error:  # http.client's errors have no base in common with the others
-        logging.debug("port %s: %s", port, error)
-        is_visdom = False
-    if not is_visdom:
-        raise cli.UserError(
-            f"port {port} is used by another program: --port takes a free one, --no-visdom does without"
-        )
-    return True
+        with socket.create_connection(("127.0.0.1", port), timeout=3):
+            pass
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        pass  # the request below says what is wrong
+    try:
+        answer = requests.post(f"{address(port)}/env_state", json={}, timeout=3)
+        if isinstance(answer.json(), list):  # the names of its pages
+            return True
+    except requests.RequestException:  # no answer in time, not HTTP, or not JSON
+        pass
+    raise cli.UserError(
+        f"port {port} is used by another program: --port takes a free one, --no-visdom does without"
+    )
 
 
 def start_server(port):

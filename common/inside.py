@@ -120,8 +120,9 @@ def reconstruct(model, x, layer, number, method="guided"):
     ]
     try:
         (maps,) = feature_maps(model, x, layer)
+        number = choose_map(maps, number)
         signal = torch.zeros_like(maps)
-        signal[:, choose_map(maps, number)] = maps[:, number].detach()
+        signal[:, number] = maps[:, number].detach()
         (pattern,) = torch.autograd.grad(maps, x, signal)
     finally:
         for hook in hooks:

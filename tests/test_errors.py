@@ -1,0 +1,141 @@
+"""Wrong input: one line on stderr that names the thing and the way out, status 2, and no file touched."""
+
+import os
+import shutil
+import socket
+
+import pytest
+import torch
+from PIL import Image
+
+import Myvisdom
+import test_activations
+import test_featuremaps
+import test_filter
+import test_recon_conv1
+import test_recon_conv5
+import train
+from MyResnet import ResNet18
+
+
+@pytest.fixture(scope="module")
+def things(run, pictures, tmp_path_factory):
+    """A folder with good and bad things in it."""
+    tmp_path = tmp_path_factory.mktemp("things")
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    shutil.copytree(run, "run")
+    for name in ("good", "no_cat", "empty_dog", "broken"):
+        shutil.copytree(pictures, name, ignore=shutil.ignore_patterns("decoded.pt"))
+    shutil.rmtree("no_cat/test/cat")
+    for path in (tmp_path / "empty_dog/train/dog").iterdir():
+        path.unlink()
+    picture = tmp_path / "broken/train/frog/0002.png"
+    picture.write_bytes(picture.read_bytes()[:200])
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive/cifar-10-python.tar.gz").write_bytes(b"wrong")
+    (tmp_path / "text.pt").write_text("not weights")
+    (tmp_path / "empty.pt").touch()
+    torch.save([1, 2], "list.pt")
+    saved = torch.load("run/weights.pt", weights_only=True)
+    torch.save(saved | {"model": ResNet18(5).state_dict()}, "five.pt")
+    torch.save(saved | {"model": {}}, "nothing.pt")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    Image.new("RGB", (40, 40)).save("fine.png")
+    (tmp_path / "file").touch()
+    os.chdir(before)
+    return tmp_path
+
+
+@pytest.fixture
+def place(things, monkeypatch):
+    """That folder, in which the script is run: none of these runs may change it."""
+    monkeypatch.chdir(things)
+    return things
+
+
+TRAIN = "--dataset digits --epochs 1 --limit 64 --size 32 --no-visdom"
+WRONG = [
+    (train, "--data nowhere", "no folder nowhere: name the one that has CIFAR-10 with --data"),
+    (train, "--data no_cat", "no_cat/test/cat is missing"),
+    (train, "--data empty_dog", "empty_dog/train/dog has no pictures"),
+    (train, "--data broken", "broken/train/frog/0002.png cannot be read as a picture"),
+    (train, "--data archive", "archive/cifar-10-python.tar.gz has a wrong checksum: delete it"),
+    (train, "--dataset mnist", "--dataset"),
+    (train, "--recipe slow", "--recipe"),
+    (train, "--size 31", "--size: 31 is not from 32"),
+    (train, "--size big", "--size: invalid whole number value: 'big'"),
+    (train, "--lr fast", "--lr: invalid number value: 'fast'"),
+    (train, "--lr nan", "--lr: nan is not 0 or more"),
+    (train, "--lr inf", "--lr: inf is not"),
+    (train, "--lr -0.1", "--lr: -0.1 is not"),
+    (train, "--epochs 0", "--epochs: 0 is not 1 or more"),
+    (train, "--batch-size 1", "--batch-size: 1 is not 2 or more"),
+    (train, "--limit 1", "--limit"),
+    (train, "--holdout 0", "--holdout"),
+    (train, "--precision fp8", "--precision"),
+    (train, "--seed -1", "--seed"),
+    (train, "--device abacus", "no device 'abacus' on this machine: --device takes "),
+    (train, "--port 0", "--port"),
+    (train, "--what", "--what"),
+    (train, f"{TRAIN} --holdout 1437", "--holdout 1437 leaves no pictures"),
+    (train, f"{TRAIN} --out file", "cannot make the folder file"),
+    (train, f"{TRAIN} --out file/below", "cannot make the folder file/below"),
+    (train, f"{TRAIN} --weights run/weights.pt", "--weights goes with --evaluate"),
+    (train, "--resume --out nowhere", "no run to resume in nowhere"),
+    (train, "--resume --evaluate", "--resume and --evaluate exclude each other"),
+    (train, "--resume --out run --epochs 9 --dataset digits", "was started with --epochs 2, not 9"),
+    (train, "--evaluate --weights nowhere.pt", "no weights in nowhere.pt"),
+    (train, "--evaluate --weights run/weights.pt --data good", "are for other classes than cifar10"),
+    (test_filter, "", "no weights in runs/cifar10/weights.pt: python train.py makes them"),
+    (test_filter, "--weights run", "no weights in run"),
+    (test_filter, "--weights text.pt", "text.pt is not a checkpoint, or is damaged"),
+    (test_filter, "--weights empty.pt", "empty.pt is not a checkpoint, or is damaged"),
+    (test_filter, "--weights list.pt", "list.pt was not written by train.py"),
+    (test_filter, "--weights five.pt", "five.pt has weights of another network"),
+    (test_filter, "--weights nothing.pt", "nothing.pt has weights of another network"),
+    (test_filter, "--weights run/weights.pt --out file", "cannot make the folder file"),
+    (test_featuremaps, "--weights run/weights.pt --image no.png", "no picture no.png"),
+    (test_featuremaps, "--weights run/weights.pt --image text.jpg", "text.jpg cannot be read as a picture"),
+    (test_activations, "--weights run/weights.pt --image run", "run cannot be read as a picture"),
+    (test_activations, "--weights run/weights.pt --dataset digits --image 360", "--image takes 0 to 359"),
+    (test_activations, "--weights run/weights.pt --data good --image 30", "--image takes 0 to 29"),
+    (test_recon_conv1, "--weights run/weights.pt --image fine.png --map 64", "--map takes 0 to 63"),
+    (test_recon_conv5, "--weights run/weights.pt --image fine.png --map 512", "--map takes 0 to 511"),
+    (test_recon_conv5, "--weights run/weights.pt --image fine.png --map -1", "--map"),
+    (test_recon_conv5, "--weights run/weights.pt --method magic", "--method"),
+    (Myvisdom, "--port 70000", "--port"),
+]  # fmt: skip
+
+
+def files(place):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in place.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "script, flags, message", WRONG, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_wrong_input_gets_one_line(script, flags, message, place, capsys):
+    before = files(place)
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags.split())
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err.split("\r")[-1].strip()
+    assert printed.startswith("error: ") and "\n" not in printed
+    assert message in printed
+    assert "Traceback" not in printed
+    after = files(place)
+    assert {p: s for p, s in after.items() if p in before} == before
+    assert {p.name for p in after.keys() - before.keys()} <= {"decoded.pt"}
+
+
+def test_busy_port_is_said_before_training(place, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--dataset", "digits", "--out", "new", "--port", str(port)])
+    assert stop.value.code == 2
+    assert f"error: port {port} is used by another program" in capsys.readouterr().err
+    assert not (place / "new").exists()

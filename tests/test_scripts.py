@@ -1,0 +1,102 @@
+"""The figure scripts, run as a user runs them, on a small trained network."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test_activations
+import test_featuremaps
+import test_filter
+import test_recon_conv1
+import test_recon_conv5
+from common import data, figures, inside
+
+FIGURES = {
+    test_filter: [
+        "filters_channel_0.png",
+        "filters_channel_1.png",
+        "filters_channel_2.png",
+        "filters_rgb.png",
+    ],
+    test_featuremaps: ["picture.png", "featuremaps_conv1.png", "featuremaps_conv5_x.png"],
+    test_activations: ["activations_conv1.png", "activations_conv5_x.png"],
+    test_recon_conv1: ["recon_conv1_map*_guided.png"],
+    test_recon_conv5: ["recon_conv5_x_map*_guided.png"],
+}
+
+
+@pytest.mark.parametrize("script", FIGURES, ids=lambda script: script.__name__)
+def test_script_writes_its_figures_and_names_them(script, run, tmp_path, capsys):
+    flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--out", str(tmp_path / "new")]
+    assert not script.main(flags)
+    printed = capsys.readouterr().out.splitlines()
+    for pattern in FIGURES[script]:
+        (path,) = (tmp_path / "new").glob(pattern)
+        assert str(path) in printed
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert min(pixels.shape) > 300 and pixels.std() > 10
+    assert len(list((tmp_path / "new").iterdir())) == len(FIGURES[script])
+
+
+def test_column_charts_name_the_strongest_map(run, tmp_path, capsys):
+    flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--image", "7"]
+    test_activations.main([*flags, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    network = inside.load_network(run / "weights.pt", "digits", torch.device("cpu"))
+    x = network.prepare(data.load("digits", "").test_images[7])
+    with torch.no_grad():
+        for layer, module in (("conv1", network.model.conv1), ("conv5_x", network.model)):
+            stages = [network.model.conv1] if layer == "conv1" else list(module.children())[:5]
+            means = torch.nn.Sequential(*stages)(x)[0].mean((1, 2))
+            best = int(means.argmax())
+            assert f"{layer}: the strongest is map {best}, mean activation {means[best]:.4f}" in printed
+
+
+def test_map_and_method_can_be_chosen(run, tmp_path):
+    flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--out", str(tmp_path)]
+    test_recon_conv5.main([*flags, "--map", "231", "--method", "deconvnet"])
+    test_recon_conv1.main([*flags, "--map", "43", "--method", "gradient"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recon_conv5_x_map231_deconvnet.png",
+        "recon_conv1_map43_gradient.png",
+    }
+
+
+def test_a_picture_file_of_the_users(run, tmp_path, capsys):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "mine.jpg")
+    flags = ["--weights", str(run / "weights.pt"), "--out", str(tmp_path)]
+    test_featuremaps.main([*flags, "--image", str(tmp_path / "mine.jpg")])
+    assert capsys.readouterr().out.startswith("mine.jpg; the network says ")
+    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
+    assert (np.abs(pixels.astype(int) - (254, 0, 0)).max(2) < 3).mean() > 0.4
+
+
+def test_without_data_a_photograph_is_used(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no data
+    test_recon_conv1.main(["--weights", str(run / "weights.pt")])
+    printed = capsys.readouterr().out
+    assert "no CIFAR-10 in data" in printed and "photograph of a flower" in printed
+    assert len(list((tmp_path / "figures").iterdir())) == 1
+
+
+def test_zero_is_drawn_at_neutral_grey_on_a_symmetric_scale():
+    pattern = torch.zeros(3, 4, 4)
+    pattern[0, 0, 0], pattern[1, 3, 3] = 2.0, -1.0
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    figure = figures.picture_and_pattern(picture, torch.ones(2, 2), pattern, "", ("", "", ""))
+    drawn = figure.axes[2].images[0].get_array()
+    assert drawn[1, 1].tolist() == [0.5, 0.5, 0.5]
+    assert drawn[0, 0].tolist() == [1.0, 0.5, 0.5] and drawn[3, 3].tolist() == [0.5, 0.25, 0.5]
+
+
+def test_grid_puts_each_map_where_its_number_says():
+    cells = torch.arange(6.0).view(6, 1, 1).expand(6, 3, 2)
+    axes = figures.grid(cells, 4, "", 5.0, "").axes[0]
+    drawn = axes.images[0].get_array()
+    columns = dict(zip((label.get_text() for label in axes.get_xticklabels()), axes.get_xticks()))
+    rows = dict(zip((label.get_text() for label in axes.get_yticklabels()), axes.get_yticks()))
+    for number in range(6):
+        y, x = rows[str(number // 4 * 4)], columns[f"+{number % 4}"]
+        assert drawn[int(y), int(x)] == number
+    assert axes.images[0].get_clim() == (0, 5)

@@ -1,0 +1,204 @@
+"""The run: its recipes, what it writes, and that stopping and resuming changes nothing."""
+
+import csv
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+import train
+from common import cli, data
+
+SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
+
+
+def weights(out):
+    return torch.load(out / "weights.pt", weights_only=True)["model"]
+
+
+def start(out, *flags):
+    return train.main([*SMALL.split(), "--out", str(out), *flags])
+
+
+def same(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_run_writes_what_it_says(run, capsys):
+    names = {path.name for path in run.iterdir()}
+    assert {"last.pt", "weights.pt", "metrics.csv", "loss.csv", "loss.png", "accuracy.png"} <= names
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["iteration"], row["size"]) for row in rows] == [
+        ("1", "2", "32"),
+        ("2", "4", "32"),
+    ]
+    with open(run / "loss.csv") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 4 and float(rows[1]["train_loss"]) == pytest.approx(sum(losses[2:]) / 2, rel=1e-5)
+
+
+def test_training_learns(tmp_path, capsys):
+    start(tmp_path, "--limit", "1200", "--epochs", "4", "--lr", "0.02")
+    printed = capsys.readouterr().out
+    assert float(printed.split("test set, 360 pictures: ")[1].split("%")[0]) > 70
+    assert f"python test_filter.py --weights {tmp_path}/weights.pt" in printed
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path):
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        start(tmp_path / name, "--epochs", "1", "--seed", seed)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    "step, signal_number, status, flags",
+    [
+        (2, signal.SIGINT, 130, ""),  # within the first epoch
+        (3, signal.SIGINT, 130, ""),  # after its last step
+        (5, signal.SIGTERM, 143, ""),  # within the second
+        (2, signal.SIGTERM, 143, "--precision fp16 --limit 24 --batch-size 8"),  # with a scaler
+    ],
+)
+def test_stopped_and_resumed_is_as_never_stopped(
+    tmp_path, monkeypatch, capsys, step, signal_number, status, flags
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ["--epochs", "2", *flags.split()]
+    start(whole, *flags)
+
+    steps, real = [], data.cropped
+
+    def interrupting(images, batch):
+        steps.append(batch)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal_number)
+        return real(images, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "cropped", interrupting)
+        capsys.readouterr()
+        assert start(parts, *flags) == status
+    assert len(steps) == step  # this step was finished, and no other begun
+    printed = capsys.readouterr().out
+    assert f"goes on with: python train.py --resume --out {parts} --dataset digits" in printed
+    assert not train.main(["--resume", "--out", str(parts), "--dataset", "digits", "--no-visdom"])
+    assert same(weights(whole), weights(parts))
+    for name in ("loss.csv", "metrics.csv"):
+        one, other = ((folder / name).read_text().splitlines() for folder in (whole, parts))
+        assert [row.rsplit(",", 1)[0] for row in one] == [row.rsplit(",", 1)[0] for row in other]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_earlier_run_is_kept(tmp_path, capsys):
+    start(tmp_path, "--epochs", "1")
+    first = weights(tmp_path)
+    start(tmp_path, "--epochs", "1", "--seed", "1")
+    assert f"is now in {tmp_path}/earlier-1" in capsys.readouterr().out
+    assert same(weights(tmp_path / "earlier-1"), first)
+    assert not same(weights(tmp_path), first)
+
+
+def test_holdout_is_the_end_of_the_training_set(monkeypatch):
+    everything = data.load("digits", "")
+    args = train.parse(["--dataset", "digits"])
+    dataset = train.load_data(args, dict(holdout=100, limit=500), torch.device("cpu"))
+    assert torch.equal(dataset.test_images, everything.train_images[-100:])
+    assert torch.equal(dataset.train_labels, everything.train_labels[:500])
+
+
+def test_evaluate_prints_what_training_printed(run, capsys):
+    assert not train.main(["--evaluate", "--dataset", "digits", "--out", str(run), "--precision", "fp32"])
+    printed = capsys.readouterr().out
+    with open(run / "metrics.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert f"accuracy {float(last['test_accuracy']):.2%}, loss {float(last['test_loss']):.3f}" in printed
+
+
+def test_evaluation_is_cross_entropy_and_accuracy_of_all_pictures(run):
+    model, images = torch.nn.Flatten(), torch.randint(0, 256, (260, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 3072, (260,))
+    settings = dict(mean=(0.0,) * 3, std=(1.0,) * 3, precision="fp32")
+    loss, accuracy = train.evaluate(model, images, labels, 32, settings)
+    logits = (images / 255).flatten(1).double()
+    expected = -logits.log_softmax(1)[torch.arange(260), labels].mean()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    labels[:13] = logits[:13].argmax(1)
+    hits = (logits.argmax(1) == labels).double().mean()
+    assert train.evaluate(model, images, labels, 32, settings)[1] == pytest.approx(float(hits))
+
+
+def test_sizes_follow_their_shares_and_end_at_the_last():
+    assert train.sizes_by_epoch({96: 0.5, 224: 0.5}, 4) == [96, 96, 224, 224]
+    assert train.sizes_by_epoch({96: 0.6, 160: 0.3, 224: 0.1}, 2) == [96, 224]
+    assert train.sizes_by_epoch({96: 0.99, 224: 0.01}, 3) == [96, 96, 224]
+    for recipe in train.RECIPES.values():
+        for epochs in range(1, 40):
+            sizes = train.sizes_by_epoch(recipe["sizes"], epochs)
+            assert len(sizes) == epochs and sizes[-1] == 224 and sizes == sorted(sizes)
+
+
+def test_rate_rises_to_its_peak_and_falls_to_nothing():
+    settings = dict(lr=0.1, warmup=0.2)
+    rates = [train.rate(settings, step / 100) for step in range(101)]
+    assert rates[0] == 0 and max(rates) == rates[20] == pytest.approx(0.1) and rates[100] == 0
+    assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert train.rate(dict(lr=0.01, warmup=None), 0.7) == 0.01
+
+
+def test_assignment_recipe_is_the_reports():
+    args = train.parse(["--recipe", "assignment"])
+    settings = train.new_settings(args, torch.device("cpu"))
+    expected = dict(epochs=25, batch_size=128, sizes=[224] * 25, lr=0.01, momentum=0.9, flip=False, shift=0)
+    assert expected.items() <= settings.items()
+    assert settings["mean"] == settings["std"] == (0.5, 0.5, 0.5)
+
+
+def test_weight_decay_is_on_weights_only(tmp_path, monkeypatch):
+    groups = []
+    real = torch.optim.SGD
+
+    def sgd(parameters, **options):
+        groups.extend(parameters)
+        return real(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "SGD", sgd)
+    start(tmp_path, "--epochs", "1")
+    decayed, others = (group["params"] for group in groups)
+    assert groups[0]["weight_decay"] == 5e-4 and groups[1].get("weight_decay", 0) == 0
+    assert len(decayed) == 21 and len(others) == 41  # 20 convolutions and fc; the rest
+    assert {p.ndim for p in decayed} == {2, 4} and {p.ndim for p in others} == {1}
+
+
+def test_digits_are_never_flipped():
+    args = train.parse(["--dataset", "digits"])
+    assert train.new_settings(args, torch.device("cpu"))["flip"] is False
+    args = train.parse([])
+    assert train.new_settings(args, torch.device("cpu"))["flip"] is True
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for amx, avx, expected in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(cli.platform, "machine", lambda: "x86_64")
+        assert cli.precision("auto", cpu) == expected
+    for native, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, n=native: n)
+        assert cli.precision("auto", cuda) == expected
+    assert cli.precision("auto", torch.device("mps")) == "fp32"
+    assert cli.precision("fp16", cpu) == "fp16"
+
+
+def test_loss_curve_smooths():
+    from common import figures
+
+    losses = [math.exp(-i / 50) + (0.1 if i % 2 else -0.1) for i in range(200)]
+    lines = figures.loss_curve(losses, "").axes[0].lines
+    smooth = lines[1].get_ydata()
+    assert len(lines[0].get_ydata()) == 200
+    assert abs(smooth[1:] - smooth[:-1]).max() < 0.02
