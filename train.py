@@ -200,7 +200,7 @@ def train(settings, dataset, out, device, port, saved=None):
             mean=settings["mean"],
             std=settings["std"],
             classes=list(dataset.classes),
-            size=sizes[min(len(rows), epochs - 1)],
+            size=sizes[max(0, len(history["loss"]) - 1) // steps],  # the last it was trained at
             accuracy=rows[-1]["test_accuracy"] if rows else None,
             source=dataset.source,
             settings=settings,
@@ -278,6 +278,7 @@ def train(settings, dataset, out, device, port, saved=None):
             bar.close()
             if signals:
                 history["seconds"] += time.time() - epoch_began
+                save()
                 break
 
             test_loss, test_accuracy = evaluate(model, test_images, test_labels, size, settings, "evaluating")
@@ -300,8 +301,8 @@ def train(settings, dataset, out, device, port, saved=None):
                 f"accuracy {test_accuracy:6.2%}  {row['seconds']:.0f} s",
                 flush=True,
             )
-        if signals:
-            save()
+            if signals:
+                break
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -30,6 +30,9 @@ def command(main):
             if error.filename is None:  # not about a file: a bug, which deserves its traceback
                 raise
             message = f"{error.filename}: {error.strerror}"
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -118,6 +121,7 @@ def device(name):
     if found is None or not there.get(found.type) or (found.index or 0) >= _count(found.type):
         choices = ", ".join(kind for kind in there if there[kind])
         raise UserError(f"no device {name!r} on this machine: --device takes {choices}")
+    torch.backends.cudnn.benchmark = True  # the sizes are few: let cuDNN try its algorithms for each
     if found.type == "cpu" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
     return found

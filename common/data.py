@@ -235,8 +235,7 @@ def cropped(images, batch):
 def prepare(images, size, mean, std):
     """What the network gets: uint8 [N, 3, S, S] → float32 [N, 3, size, size], channels last,
     (value / 255 - mean) / std per channel, bilinear."""
-    shape = (1, 3, 1, 1)
-    mean = torch.tensor(mean, device=images.device).view(shape) * 255
-    std = torch.tensor(std, device=images.device).view(shape) * 255
-    x = ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+    x = images.float().contiguous(memory_format=torch.channels_last)
+    for channel in range(3):  # by plain numbers: a tensor of them would make a GPU wait for its copy
+        x[:, channel] = (x[:, channel] - 255 * mean[channel]) / (255 * std[channel])
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

@@ -202,3 +202,17 @@ def test_loss_curve_smooths():
     smooth = lines[1].get_ydata()
     assert len(lines[0].get_ydata()) == 200
     assert abs(smooth[1:] - smooth[:-1]).max() < 0.02
+
+
+def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch):
+    said, real, path = [], train.evaluate, tmp_path / "weights.pt"
+
+    def evaluate(model, images, labels, size, *rest):
+        said.append(torch.load(path, weights_only=True)["size"] if path.exists() else None)
+        return real(model, images[:4], labels[:4], size, *rest)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    flags = "--dataset digits --limit 8 --batch-size 4 --epochs 2 --no-visdom --device cpu --precision fp32"
+    train.main([*flags.split(), "--out", str(tmp_path)])
+    first = next(iter(train.RECIPES["fast"]["sizes"]))
+    assert said == [None, first, 224, 224]  # when each epoch, then each set at the end, is evaluated
