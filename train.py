@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 from common import checkpoint, cli, data, figures, inside
@@ -33,6 +34,7 @@ RECIPES = {
         weight_decay=5e-4,  # on weights only: not on biases and batch norms
         label_smoothing=0.1,
         shift=4,  # px of 32: pictures are cropped up to this far off centre
+        zoom=False,  # small pictures are crops of up to the scale that objects have at the last size
         flip=True,  # half of the pictures, left to right (never digits)
         mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's own, per channel
         std=(0.2470, 0.2435, 0.2616),
@@ -48,13 +50,14 @@ RECIPES = {
         weight_decay=0.0,
         label_smoothing=0.0,
         shift=0,
+        zoom=False,
         flip=False,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     ),
 }
 EVALUATION_BATCH = 250
-FILES = "last.pt weights.pt metrics.csv loss.csv loss.png accuracy.png".split()
+FILES = "last.pt weights.pt metrics.csv loss.csv loss.png accuracy.png confusion.png".split()
 FLAGS_OF_A_RUN = "recipe epochs batch_size size lr seed precision limit holdout".split()
 
 
@@ -96,7 +99,8 @@ def new_settings(args, device):
     settings["sizes"] = sizes_by_epoch(settings["sizes"], settings["epochs"])
     if args.size:
         settings["sizes"] = [args.size] * settings["epochs"]
-    settings["flip"] &= args.dataset != "digits"
+    for key in ("zoom", "flip"):
+        settings[key] &= args.dataset != "digits"
     settings["precision"] = cli.precision(args.precision or "auto", device)
     settings["flags"] = {flag: getattr(args, flag) for flag in FLAGS_OF_A_RUN}
     return settings | dict(seed=args.seed or 0, limit=args.limit, holdout=args.holdout)
@@ -122,19 +126,23 @@ def rate(settings, progress):
 
 
 @torch.inference_mode()
-def evaluate(model, images, labels, size, settings, progress=""):
-    """(mean cross-entropy loss, accuracy 0 … 1) on uint8 images [N, 3, 32, 32], without augmentation."""
+def predict(model, images, size, settings, progress=""):
+    """Logits, float32 [N, classes], of uint8 images [N, 3, 32, 32] resized to `size`; no augmentation.
+    `progress` names the progress bar."""
     model.eval()
-    device = images.device
-    loss = correct = 0
-    batches = list(zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH)))
-    for x, y in tqdm(batches, progress, leave=False, disable=not progress):
+    logits = []
+    for x in tqdm(images.split(EVALUATION_BATCH), progress, leave=False, disable=not progress):
         x = data.prepare(x, size, settings["mean"], settings["std"])
-        with cli.autocast(device, settings["precision"]):
-            logits = model(x).float()
-        loss += F.cross_entropy(logits, y, reduction="sum")
-        correct += (logits.argmax(1) == y).sum()
-    return float(loss) / len(labels), float(correct) / len(labels)
+        with cli.autocast(images.device, settings["precision"]):
+            logits.append(model(x).float())
+    return torch.cat(logits)
+
+
+def evaluate(model, images, labels, size, settings, progress=""):
+    """(mean cross-entropy loss, accuracy 0 … 1) of `predict`."""
+    logits = predict(model, images, size, settings, progress)
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return float(F.cross_entropy(logits, labels)), float(accuracy)
 
 
 def set_aside(out):
@@ -148,7 +156,7 @@ def set_aside(out):
         print(f"the run that was in {out} is now in {aside}")
 
 
-def write_metrics(history, out, title):
+def write_metrics(history, last_size, out, title):
     """loss.csv and metrics.csv, and their curves as loss.png and accuracy.png (figures 6.2, 6.1)."""
     with open(out / "loss.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -161,7 +169,7 @@ def write_metrics(history, out, title):
             rows = csv.DictWriter(file, list(history["epochs"][0]))
             rows.writeheader()
             rows.writerows(history["epochs"])
-        figures.accuracy_curve(history["epochs"], title).savefig(out / "accuracy.png", dpi=110)
+        figures.accuracy_curve(history["epochs"], last_size, title).savefig(out / "accuracy.png", dpi=110)
 
 
 def train(settings, dataset, out, device, port, saved=None):
@@ -208,7 +216,9 @@ def train(settings, dataset, out, device, port, saved=None):
         run = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history)
         checkpoint.save(network | run, out / "last.pt")
         checkpoint.save(network, out / "weights.pt")
-        write_metrics(history, out, f"ResNet-18, {settings['dataset']}, recipe {settings['recipe']}")
+        write_metrics(
+            history, sizes[-1], out, f"ResNet-18, {settings['dataset']}, recipe {settings['recipe']}"
+        )
 
     def record(result):
         """Notes the result of an iteration; reading it waits for the device."""
@@ -235,15 +245,17 @@ def train(settings, dataset, out, device, port, saved=None):
             size, epoch_began = sizes[epoch], time.time()
             model.train()
             first = len(history["loss"]) - epoch * steps  # not 0 after a stop within the epoch
+            smallest = round(data.SIDE * size / sizes[-1]) if settings["zoom"] else data.SIDE
             plan = data.plan(
-                len(images), settings["seed"], epoch, settings["shift"], settings["flip"], device
-            )
+                len(images), batch_size, settings["seed"], epoch,
+                settings["shift"], smallest, settings["flip"], device,
+            )  # fmt: skip
             bar = tqdm(
                 total=steps * batch_size, initial=first * batch_size, unit=" images", leave=False,
                 desc=f"epoch {epoch + 1}/{epochs}, {size} px", dynamic_ncols=True,
             )  # fmt: skip
             unread = None  # the last step's result: read while the device does the next step
-            for step, batch in enumerate(plan.batches(batch_size, first), first):
+            for step, batch in enumerate(plan[first:], first):
                 for group in optimizer.param_groups:
                     group["lr"] = rate(settings, (epoch * steps + step) / (steps * epochs))
                 x = data.cropped(images, batch)
@@ -282,6 +294,12 @@ def train(settings, dataset, out, device, port, saved=None):
                 break
 
             test_loss, test_accuracy = evaluate(model, test_images, test_labels, size, settings, "evaluating")
+            # The second half is evaluated at the last size too: that is where the network will be used.
+            last_size_accuracy = test_accuracy if size == sizes[-1] else None
+            if last_size_accuracy is None and 2 * epoch >= epochs:
+                _, last_size_accuracy = evaluate(
+                    model, test_images, test_labels, sizes[-1], settings, f"evaluating at {sizes[-1]} px"
+                )
             row = dict(
                 epoch=epoch + 1,
                 iteration=len(history["loss"]),
@@ -290,15 +308,19 @@ def train(settings, dataset, out, device, port, saved=None):
                 train_accuracy=mean(history["accuracy"][-steps:]),
                 test_loss=test_loss,
                 test_accuracy=test_accuracy,
+                last_size_accuracy=last_size_accuracy,
                 seconds=round(history["seconds"] + time.time() - epoch_began, 1),
             )
             history["epochs"].append(row)
             history["seconds"] = 0.0
             save()
+            at_last_size = ""
+            if last_size_accuracy is not None and size != sizes[-1]:
+                at_last_size = f" ({last_size_accuracy:.2%} at {sizes[-1]} px)"
             print(
                 f"epoch {row['epoch']:2}/{epochs}  {size} px  train loss {row['train_loss']:.3f}, "
                 f"accuracy {row['train_accuracy']:6.2%}  test loss {test_loss:.3f}, "
-                f"accuracy {test_accuracy:6.2%}  {row['seconds']:.0f} s",
+                f"accuracy {test_accuracy:6.2%}{at_last_size}  {row['seconds']:.0f} s",
                 flush=True,
             )
             if signals:
@@ -413,13 +435,21 @@ def evaluate_weights(args, device):
     size = args.size or network.size
     settings = dict(mean=network.mean, std=network.std)
     settings["precision"] = cli.precision(args.precision or "auto", device)
-    loss, accuracy = evaluate(
-        network.model, dataset.test_images, dataset.test_labels, size, settings, "evaluating"
-    )
+    images, labels = dataset.test_images, dataset.test_labels
+    logits = predict(network.model, images, size, settings, "evaluating")
+    counts = confusion_matrix(labels.cpu(), logits.argmax(1).cpu(), labels=range(len(dataset.classes)))
+    part = "held-out" if args.holdout else "test"
+    for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
+        print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / max(1, row.sum()):.1%}")
+    accuracy = counts.trace() / counts.sum()
     print(
-        f"{'held-out' if args.holdout else 'test'} set, {len(dataset.test_images):,} pictures of "
-        f"{dataset.source} at {size} px: accuracy {accuracy:.2%}, loss {loss:.3f}"
+        f"{part} set, {len(labels):,} pictures of {dataset.source} at {size} px: "
+        f"accuracy {accuracy:.2%}, loss {float(F.cross_entropy(logits, labels)):.3f}"
     )
+    figure = figures.confusion(
+        counts, dataset.classes, f"What {part} pictures are taken for ({accuracy:.2%} right)"
+    )
+    figures.save(figure, args.out, "confusion.png")
 
 
 if __name__ == "__main__":

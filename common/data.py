@@ -190,45 +190,45 @@ def one_picture(image, name, directory):
     return dataset.test_images[index], f"test picture {index}: {label}"
 
 
-class Plan(NamedTuple):
-    """What an epoch does: for each of its steps' pictures, in order, which one it is and how it is
-    cropped and flipped. Drawn at once from (seed, epoch), so that any step can be done again."""
+class Batch(NamedTuple):
+    """Which pictures a step takes, and how: B of them."""
 
-    order: torch.Tensor  # int64 [N]
-    dy: torch.Tensor  # int64 [N], pixels
-    dx: torch.Tensor
-    flip: torch.Tensor  # bool [N]
-
-    def batches(self, size, start=0):
-        """The plan in parts of `size` pictures from number `start` on; a last, smaller one is left
-        out unless it is the only one."""
-        steps = max(1, len(self.order) // size)
-        for step in range(start, steps):
-            yield Plan(*(part[step * size : (step + 1) * size] for part in self))
+    order: torch.Tensor  # int64 [B], their numbers
+    top: torch.Tensor  # int64 [B], pixels: where the crop begins
+    left: torch.Tensor
+    flip: torch.Tensor  # bool [B]
+    side: int  # pixels of the crop, the same for all
 
 
-def plan(n, seed, epoch, shift, flip, device="cpu"):
-    """A `Plan` for `n` pictures: shuffled, shifted by up to `shift` pixels, half of them flipped
-    if `flip`. The same on every device."""
+def plan(n, batch_size, seed, epoch, shift=0, smallest=SIDE, flip=False, device="cpu"):
+    """The batches of an epoch over `n` pictures, shuffled; a last, smaller one is left out unless it is
+    the only one. All is drawn at once from (seed, epoch), so that any step can be done again, on any device.
+
+    Each batch crops squares of `smallest` to 32 pixels a side, anywhere within `shift` pixels around
+    the picture, and flips half of them if `flip`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(n, generator=generator)
-    dy, dx = torch.randint(-shift, shift + 1, (2, n), generator=generator)
-    flips = torch.rand(n, generator=generator) < (0.5 if flip else 0)
-    return Plan(*(part.to(device) for part in (order, dy, dx, flips)))
+    steps, batch_size = max(1, n // batch_size), min(n, batch_size)
+    order = torch.randperm(n, generator=generator)[: steps * batch_size]
+    places = torch.rand(2, len(order), generator=generator)  # of all possible ones, 0 … 1
+    flips = torch.rand(len(order), generator=generator) < (0.5 if flip else 0)
+    sides = torch.randint(smallest, SIDE + 1, (steps,), generator=generator)
+    possible = SIDE - sides.repeat_interleave(batch_size) + 2 * shift + 1
+    top, left = (places * possible).long() - shift
+    parts = (part.to(device).split(batch_size) for part in (order, top, left, flips))
+    return [Batch(*batch) for batch in zip(*parts, sides.tolist())]
 
 
 def cropped(images, batch):
-    """The pictures of a batch: uint8 [N, 3, S, S] and a `Plan` of B → uint8 [B, 3, S, S],
-    channels last. What a shift uncovers is the picture's own reflection."""
-    side = images.shape[-1]
+    """The pictures of a batch: uint8 [N, 3, 32, 32] → [B, 3, side, side], channels last. Beyond its
+    edge a picture is its own reflection."""
 
-    def reflect(index):  # … 2 1 | 0 1 2 … S-1 | S-2 S-3 …
-        return (side - 1) - ((side - 1) - index.abs()).abs()
+    def reflect(index):  # … 2 1 | 0 1 2 … 31 | 30 29 …
+        return (SIDE - 1) - ((SIDE - 1) - index.abs()).abs()
 
-    index = torch.arange(side, device=images.device)
-    rows = reflect(index + batch.dy[:, None])
-    columns = torch.where(batch.flip[:, None], index.flip(0), index) + batch.dx[:, None]
-    picked = images[batch.order[:, None, None], :, rows[:, :, None], reflect(columns)[:, None, :]]
+    index = torch.arange(batch.side, device=images.device)
+    rows = reflect(index + batch.top[:, None])
+    columns = reflect(torch.where(batch.flip[:, None], index.flip(0), index) + batch.left[:, None])
+    picked = images[batch.order[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)  # the indexing put the channels last
 
 

@@ -134,9 +134,9 @@ def loss_curve(losses, title):
     return figure
 
 
-def accuracy_curve(epochs, title):
+def accuracy_curve(epochs, last_size, title):
     """Figure 6.1: accuracy after each epoch, on the test set and in training; `epochs` are rows of
-    metrics.csv. Dotted lines show where the size of the pictures changes."""
+    metrics.csv, `last_size` the size that the run ends at. Dotted lines show where the size changes."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     numbers = [row["epoch"] for row in epochs]
@@ -145,6 +145,13 @@ def accuracy_curve(epochs, title):
         ("train_accuracy", "training", "#e4572e"),
     ):
         axes.plot(numbers, [100 * row[key] for row in epochs], "o-", ms=3, color=colour, label=label)
+    later = [row for row in epochs if row["last_size_accuracy"] is not None]
+    if any(row["size"] != last_size for row in later):
+        axes.plot(
+            [row["epoch"] for row in later],
+            [100 * row["last_size_accuracy"] for row in later],
+            "s--", ms=3, color="#2a9d8f", label=f"validation at {last_size} px",
+        )  # fmt: skip
     for before, row in zip([None, *epochs], epochs):
         if before is None or before["size"] != row["size"]:
             left = row["epoch"] - 0.5
@@ -157,4 +164,22 @@ def accuracy_curve(epochs, title):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.3)
+    return figure
+
+
+def confusion(counts, classes, title):
+    """A figure of a confusion matrix [classes, classes]: rows are what a picture is, columns what the
+    network takes it for; each cell has its count, and its colour by the share of its row."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(counts.shape):
+        axes.text(
+            j, i, counts[i, j], ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black"
+        )
+    axes.set(title=title, xlabel="the network says", ylabel="it is")
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    figure.colorbar(shown, label="share of the class", shrink=0.8)
     return figure

@@ -150,40 +150,50 @@ def test_prepare_normalises_each_channel():
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_crop_and_flip_are_torchvisions():
-    """Each picture is padded by reflection, cropped at its own offset, and flipped if drawn."""
-    images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
-    (batch,) = data.plan(50, seed=3, epoch=1, shift=4, flip=True).batches(50)
-    result = data.cropped(images, batch)
-    for i in range(50):
-        image = v2.functional.pad(images[batch.order[i]], [4] * 4, padding_mode="reflect")
-        image = v2.functional.crop(image, 4 + batch.dy[i], 4 + batch.dx[i], 32, 32)
-        if batch.flip[i]:
-            image = v2.functional.hflip(image)
-        assert torch.equal(result[i], image)
+@pytest.mark.parametrize("shift, smallest", [(4, 32), (0, 32), (0, 14), (2, 20)])
+def test_crop_and_flip_are_torchvisions(shift, smallest):
+    """Each picture is padded by reflection, cropped at its own place, and flipped if drawn."""
+    images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8)
+    for batch in data.plan(60, 20, seed=3, epoch=1, shift=shift, smallest=smallest, flip=True):
+        result = data.cropped(images, batch)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        for i in range(20):
+            image = v2.functional.pad(images[batch.order[i]], [shift] * 4, padding_mode="reflect")
+            top, left = shift + int(batch.top[i]), shift + int(batch.left[i])
+            image = v2.functional.crop(image, top, left, batch.side, batch.side)
+            assert torch.equal(result[i], v2.functional.hflip(image) if batch.flip[i] else image)
 
 
-def test_plan_shuffles_shifts_and_flips():
-    plan = data.plan(5000, seed=0, epoch=0, shift=4, flip=True)
-    assert sorted(plan.order.tolist()) == list(range(5000))
-    for offsets in (plan.dy, plan.dx):
-        assert sorted(set(offsets.tolist())) == list(range(-4, 5))
-    assert 0.45 < plan.flip.float().mean() < 0.55
-    other = data.plan(5000, seed=0, epoch=1, shift=4, flip=True)
-    assert not torch.equal(plan.order, other.order)
-    again = data.plan(5000, seed=0, epoch=0, shift=4, flip=True)
-    assert all(torch.equal(a, b) for a, b in zip(plan, again))
-    plain = data.plan(100, seed=0, epoch=0, shift=0, flip=False)
-    assert not plain.dy.any() and not plain.dx.any() and not plain.flip.any()
+def test_plan_shuffles_crops_and_flips():
+    batches = data.plan(5000, 100, seed=0, epoch=0, shift=4, flip=True)
+    order, top, left, flip = (torch.cat(part) for part in list(zip(*batches))[:4])
+    assert sorted(order.tolist()) == list(range(5000))
+    for offsets in (top, left):  # each equally often
+        assert offsets.min() == -4 and torch.bincount(offsets + 4, minlength=9).min() > 450
+    assert 0.45 < flip.float().mean() < 0.55
+    other = data.plan(5000, 100, seed=0, epoch=1, shift=4, flip=True)
+    assert not torch.equal(batches[0].order, other[0].order)
+    again = data.plan(5000, 100, seed=0, epoch=0, shift=4, flip=True)
+    for batch, same in zip(batches, again):
+        assert all(torch.equal(a, b) for a, b in zip(batch[:4], same[:4])) and batch.side == same.side
 
 
-def test_batches_are_whole_and_can_start_anywhere():
-    plan = data.plan(100, seed=0, epoch=0, shift=4, flip=True)
-    batches = list(plan.batches(32))
-    assert [len(batch.order) for batch in batches] == [32, 32, 32]
-    (last,) = plan.batches(32, start=2)
-    assert torch.equal(last.order, batches[2].order)
-    assert [len(batch.order) for batch in plan.batches(500)] == [100]
+def test_plan_without_augmentation_takes_pictures_as_they_are():
+    images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    (batch,) = data.plan(10, 10, seed=0, epoch=0)
+    assert torch.equal(data.cropped(images, batch), images[batch.order])
+
+
+def test_zoom_takes_every_side_and_every_place_within_the_picture():
+    batches = data.plan(60_000, 100, seed=0, epoch=0, smallest=20)
+    assert {batch.side for batch in batches} == set(range(20, 33))
+    ends = {(int(batch.top.min()), int((batch.top + batch.side).max())) for batch in batches}
+    assert ends == {(0, 32)}
+
+
+def test_batches_are_whole_unless_there_is_only_one():
+    assert [len(batch.order) for batch in data.plan(100, 32, seed=0, epoch=0)] == [32, 32, 32]
+    assert [len(batch.order) for batch in data.plan(100, 500, seed=0, epoch=0)] == [100]
 
 
 def test_a_picture_file_is_cropped_and_shrunk(tmp_path):

@@ -116,6 +116,11 @@ def test_evaluate_prints_what_training_printed(run, capsys):
     with open(run / "metrics.csv") as file:
         last = list(csv.DictReader(file))[-1]
     assert f"accuracy {float(last['test_accuracy']):.2%}, loss {float(last['test_loss']):.3f}" in printed
+    classes = [line.split() for line in printed.splitlines() if " right, " in line]
+    assert [row[0] for row in classes] == [str(digit) for digit in range(10)]
+    right, of = (sum(int(row[i]) for row in classes) for i in (1, 3))
+    assert of == 360 and right / of == pytest.approx(float(last["test_accuracy"]))
+    assert f"{run}/confusion.png" in printed and (run / "confusion.png").exists()
 
 
 def test_evaluation_is_cross_entropy_and_accuracy_of_all_pictures(run):
@@ -215,4 +220,21 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch):
     flags = "--dataset digits --limit 8 --batch-size 4 --epochs 2 --no-visdom --device cpu --precision fp32"
     train.main([*flags.split(), "--out", str(tmp_path)])
     first = next(iter(train.RECIPES["fast"]["sizes"]))
-    assert said == [None, first, 224, 224]  # when each epoch, then each set at the end, is evaluated
+    # asked when the first epoch is evaluated; the second; then each set at the end
+    assert said == [None, first, 224, 224]
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["last_size_accuracy"] == "" and rows[1]["last_size_accuracy"] == rows[1]["test_accuracy"]
+
+
+def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train, "evaluate", lambda model, images, labels, size, *rest: (size / 10, size / 1000)
+    )
+    monkeypatch.setitem(train.RECIPES["fast"], "sizes", {32: 0.75, 40: 0.25})
+    flags = "--dataset digits --limit 8 --batch-size 4 --epochs 4 --no-visdom --device cpu --precision fp32"
+    train.main([*flags.split(), "--out", str(tmp_path)])
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["test_accuracy"] for row in rows] == ["0.032", "0.032", "0.032", "0.04"]
+    assert [row["last_size_accuracy"] for row in rows] == ["", "", "0.04", "0.04"]
