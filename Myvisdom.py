@@ -2,6 +2,7 @@
 
 import html
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -13,6 +14,10 @@ import requests  # comes with visdom
 import visdom
 
 from common import cli
+
+# A proxy is for the web, not for this machine.
+for variable in ("NO_PROXY", "no_proxy"):
+    os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
 
 PORT = 8097
 PAGES = Path("runs/visdom")  # where the server keeps what the pages show
@@ -80,10 +85,14 @@ class Page:
         self.status = status
         self._give_up = time.monotonic() + 8  # a short run may be over before its server is up
         self._closing.set()
-        self._thread.join(timeout=10)
-        if self.server:
-            self.server.terminate()
-            self.server.wait()
+        try:
+            self._thread.join(timeout=10)
+        finally:
+            if self.server:
+                self.server.terminate()
+                self.server.wait()
+        if self._drawn is None:
+            print("the live page could not be drawn: python Myvisdom.py shows what is wrong")
 
     def _work(self):
         while True:
@@ -96,12 +105,15 @@ class Page:
             except Exception as error:  # the page is a comfort, never a reason to end the run
                 logging.debug("visdom: %s", error)
                 self._client = self._drawn = None  # as new, when the server is back
-                if closing and (time.monotonic() > self._give_up or not self.server):
+                ended = self.server is None or self.server.poll() is not None
+                if closing and (ended or time.monotonic() > self._give_up):
                     return
                 time.sleep(0.2)
 
     def _draw(self):
         if self._client is None:
+            if self.server is None and not listening(self.port):  # it was another run's, and ended with it
+                self.server = start_server(self.port)
             logging.getLogger("visdom").setLevel(logging.CRITICAL)
             self._client = visdom.Visdom(
                 address(self.port).rsplit(":", 1)[0],
@@ -110,7 +122,8 @@ class Page:
                 use_incoming_socket=False,
                 raise_exceptions=True,
             )
-        losses, rates = list(self.history["loss"]), list(self.history["rate"])
+        losses = list(self.history["loss"])
+        rates = self.history["rate"][: len(losses)]  # the run may have appended since
         epochs = list(self.history["epochs"])
         now = (len(losses), len(epochs), self.status)
         if now == self._drawn:
@@ -153,9 +166,7 @@ def serve(port):
         except Exception as error:
             print(f"the page stays empty: its scripts could not be downloaded ({error})")
 
-    thread = threading.Thread(target=download, daemon=True)
-    thread.start()
-    thread.join(timeout=20)
+    threading.Thread(target=download, daemon=True).start()
     PAGES.mkdir(parents=True, exist_ok=True)
     run(port, "127.0.0.1", base_url="", env_path=f"{PAGES}/", bind_local=True)
 

@@ -1,17 +1,14 @@
 """Figures 8.4.1 and 8.4.2: how strongly each feature map responds to a picture, as column charts, for
 conv1 and the last layer of conv5_x."""
 
-from common import cli, data, figures, inside
+from common import cli, figures, inside
 
 
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device")
     args = parser.parse_args(argv)
-    network = inside.load_network(args.weights, args.dataset, cli.device(args.device))
-    picture, name = data.one_picture(args.image, args.dataset, args.data)
-    x = network.prepare(picture)
-    print(f"{name}; {inside.prediction(network, x)}")
+    network, _, name, x = inside.from_flags(args)
 
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
         strengths = inside.strengths(maps)

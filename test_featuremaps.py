@@ -1,16 +1,13 @@
 """Figures 8.1 to 8.3: a picture, its 64 feature maps in conv1, and its 512 in the last layer of conv5_x."""
 
-from common import cli, data, figures, inside
+from common import cli, figures, inside
 
 
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device")
     args = parser.parse_args(argv)
-    network = inside.load_network(args.weights, args.dataset, cli.device(args.device))
-    picture, name = data.one_picture(args.image, args.dataset, args.data)
-    x = network.prepare(picture)
-    print(f"{name}; {inside.prediction(network, x)}")
+    network, picture, name, x = inside.from_flags(args)
 
     figure = figures.picture(picture, f"The picture: {name}", inside.prediction(network, x))
     figures.save(figure, args.out, "picture.png")

@@ -1,17 +1,14 @@
 """Figure 8.5.1: the pattern in a picture that one feature map of conv1 responded to, reconstructed by
 backpropagation."""
 
-from common import cli, data, figures, inside
+from common import cli, figures, inside
 
 
 def draw(layer, description, argv):
     """Reconstructs from one map of `layer` as the flags in `argv` say, and draws the figure."""
     flags = "weights", "dataset", "data", "image", "map", "method", "out", "device"
     args = cli.parser(description, *flags).parse_args(argv)
-    network = inside.load_network(args.weights, args.dataset, cli.device(args.device))
-    picture, name = data.one_picture(args.image, args.dataset, args.data)
-    x = network.prepare(picture)
-    print(f"{name}; {inside.prediction(network, x)}")
+    network, picture, name, x = inside.from_flags(args)
 
     (maps,) = inside.feature_maps(network.model, x, layer)
     number = inside.choose_map(maps, args.map)

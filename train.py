@@ -24,41 +24,40 @@ from Myvisdom import PORT, Page, listening
 
 RECIPES = {
     "fast": dict(
-        epochs=25,
-        batch_size=128,
+        epochs=25,  # passes over the training set
+        batch_size=128,  # pictures a step
         sizes={96: 0.6, 160: 0.2, 224: 0.2},  # px: share of the epochs; small pictures save time
         lr=0.1,  # peak of the one-cycle rate
         warmup=0.2,  # share of the run in which the rate rises to its peak; then it falls to 0
-        momentum=0.9,
-        nesterov=True,
+        momentum=0.9,  # of SGD
+        nesterov=True,  # Nesterov's form of it
         weight_decay=5e-4,  # on weights only: not on biases and batch norms
-        label_smoothing=0.1,
+        label_smoothing=0.1,  # share of the target that goes to all classes alike; in the training loss only
         shift=4,  # px of 32: pictures are cropped up to this far off centre
-        zoom=False,  # small pictures are crops of up to the scale that objects have at the last size
+        zoom=False,  # whether small pictures are crops, of up to the scale objects have at the last size
         flip=True,  # half of the pictures, left to right (never digits)
-        mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's own, per channel
-        std=(0.2470, 0.2435, 0.2616),
+        mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's own, per channel, of values from 0 to 1
+        std=(0.2470, 0.2435, 0.2616),  # likewise
     ),
     "assignment": dict(  # what the report did
-        epochs=25,
+        epochs=25,  # 9,765 iterations by the report's count
         batch_size=128,
-        sizes={224: 1.0},
+        sizes={224: 1.0},  # every step at 224
         lr=0.01,
         warmup=None,  # the rate is constant
         momentum=0.9,
         nesterov=False,
-        weight_decay=0.0,
-        label_smoothing=0.0,
-        shift=0,
+        weight_decay=0.0,  # none
+        label_smoothing=0.0,  # none
+        shift=0,  # no augmentation
         zoom=False,
         flip=False,
-        mean=(0.5, 0.5, 0.5),
+        mean=(0.5, 0.5, 0.5),  # values from -1 to 1
         std=(0.5, 0.5, 0.5),
     ),
 }
 EVALUATION_BATCH = 250
 FILES = "last.pt weights.pt metrics.csv loss.csv loss.png accuracy.png confusion.png".split()
-FLAGS_OF_A_RUN = "recipe epochs batch_size size lr seed precision limit holdout".split()
 
 
 def parse(argv):
@@ -74,7 +73,8 @@ def parse(argv):
     add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N pictures only")
     add("--holdout", type=whole, metavar="N", help="hold the last N training pictures out, and "
         "evaluate on them instead of the test set")  # fmt: skip
-    add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>)")
+    add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
+        "--evaluate, the confusion matrix (default: beside the weights)")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--evaluate", action="store_true", help="only evaluate --weights (default: the run's)")
     add("--weights", metavar="FILE", help="the weights to --evaluate")
@@ -85,6 +85,8 @@ def parse(argv):
         parser.error("--weights goes with --evaluate")
     if args.resume and args.evaluate:
         parser.error("--resume and --evaluate exclude each other")
+    if args.evaluate and args.weights and not args.out:
+        args.out = Path(args.weights).parent
     args.out = Path(args.out or f"runs/{args.dataset}")
     return args
 
@@ -102,7 +104,6 @@ def new_settings(args, device):
     for key in ("zoom", "flip"):
         settings[key] &= args.dataset != "digits"
     settings["precision"] = cli.precision(args.precision or "auto", device)
-    settings["flags"] = {flag: getattr(args, flag) for flag in FLAGS_OF_A_RUN}
     return settings | dict(seed=args.seed or 0, limit=args.limit, holdout=args.holdout)
 
 
@@ -182,7 +183,7 @@ def train(settings, dataset, out, device, port, saved=None):
     batch_size = min(batch_size, len(images))
 
     torch.manual_seed(settings["seed"])
-    model = ResNet18(len(dataset.classes)).to(device, memory_format=torch.channels_last)
+    model = ResNet18(len(dataset.classes)).to(device, memory_format=cli.memory_format(device))
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]  # of batch norms, and fc's bias
     optimizer = torch.optim.SGD(
@@ -232,12 +233,14 @@ def train(settings, dataset, out, device, port, saved=None):
     def stop(number, frame):
         signals.append(number)
         signal.signal(number, signal.default_int_handler)  # once more stops at once
-        tqdm.write("stopping after this step …", file=sys.stderr)
+        tqdm.write("stopping as soon as this step or evaluation is done …", file=sys.stderr)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    shown = {key: settings[key] for key in ("recipe", *RECIPES["fast"], "precision", "seed")}
-    shown["sizes"] = schedule(sizes)
-    page = Page(history, out.name, shown, port) if port else None
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, stop) for number in numbers}
+    shown = settings | {"sizes": schedule(sizes), "device": device}
+    page = Page(history, out.resolve().name, shown, port) if port else None
     work = [size * size for size in sizes]  # of an epoch: it grows with the pixels
     work_done, began = 0.0, time.time()  # in this process
     try:
@@ -330,7 +333,7 @@ def train(settings, dataset, out, device, port, saved=None):
             signal.signal(number, handler)
         if page:
             page.close("finished" if len(history["epochs"]) == epochs else "stopped")
-    return model, signals[0] if signals else None
+    return model, signals[0] if signals and len(history["epochs"]) < epochs else None
 
 
 def mean(values):
@@ -344,15 +347,18 @@ def resumed(args):
     if not path.is_file():
         raise cli.UserError(f"no run to resume in {args.out}: --out names the folder of one")
     saved = checkpoint.load(path)
-    if "optimizer" not in saved:
+    if not isinstance(saved, dict) or "optimizer" not in saved:
         raise cli.UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
-    for flag in FLAGS_OF_A_RUN:
-        asked, was = getattr(args, flag), saved["settings"]["flags"][flag]
-        if asked not in (None, was):
+    settings = saved["settings"]
+    for flag in "dataset recipe epochs batch_size size lr seed precision limit holdout".split():
+        asked, was = getattr(args, flag), settings["sizes" if flag == "size" else flag]
+        if flag == "size":
+            was = was[0] if len(set(was)) == 1 else "by its recipe"
+        if asked not in (None, "auto", was):
             name = f"--{flag.replace('_', '-')}"
             raise cli.UserError(
-                f"the run in {args.out} was started with {name} {was}, not {asked}: resume it without "
-                f"{name}, or start another with --out"
+                f"the run in {args.out} has {name} {was}, not {asked}: resume it with that, or start "
+                "another with --out"
             )
     return saved
 
@@ -399,6 +405,11 @@ def main(argv=None):
     saved = resumed(args) if args.resume else None
     settings = saved["settings"] if saved else new_settings(args, device)
     dataset = load_data(args, settings, device)
+    if settings.setdefault("pictures", len(dataset.train_images)) != len(dataset.train_images):
+        raise cli.UserError(
+            f"the run in {args.out} has {settings['pictures']} training pictures, {args.data} now has "
+            f"{len(dataset.train_images)}: resume it with the same --data"
+        )
     print(start_up_lines(settings, dataset, args.out, device))
     if not args.no_visdom:
         listening(args.port)  # an error now rather than later
@@ -429,9 +440,8 @@ def main(argv=None):
 
 def evaluate_weights(args, device):
     network = inside.load_network(args.weights or args.out / "weights.pt", args.dataset, device)
+    data.check_classes(args.dataset, network.classes)
     dataset = load_data(args, dict(holdout=args.holdout, limit=None), device)
-    if list(dataset.classes) != list(network.classes):
-        raise cli.UserError(f"these weights are for other classes than {args.dataset}: see --dataset")
     size = args.size or network.size
     settings = dict(mean=network.mean, std=network.std)
     settings["precision"] = cli.precision(args.precision or "auto", device)

@@ -10,7 +10,7 @@ from common.cli import UserError
 
 def save(content, path):
     """Writes `content` (tensors, numbers, text, in lists and dictionaries) so that at every instant
-    `path` is the whole old file or the whole new one. Raises OSError."""
+    `path` is the whole old file or the whole new one. Raises `UserError` if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -19,6 +19,9 @@ def save(content, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {path} ({reason}): make room there, or choose another folder")
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ class UserError(Exception):
 
 def command(main):
     """Decorates a script's `main(argv)`: a `UserError`, or a file that cannot be read or written,
-    becomes one line on stderr and exit status 2."""
+    becomes one line on stderr and exit status 2; Ctrl-C becomes one line and 130."""
 
     @functools.wraps(main)
     def run(argv=None):
@@ -100,7 +100,7 @@ def parser(description, *flags):
 
 
 def folder(path):
-    """The folder `path`, made if need be."""
+    """The folder `path`, made if need be. Raises `UserError`."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,8 @@ def folder(path):
 
 
 def device(name):
-    """The torch device of that name; "auto" is the first there is of cuda, mps and cpu."""
+    """The torch device of that name; "auto" is the first there is of cuda, mps and cpu. Raises
+    `UserError`."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
@@ -140,9 +141,17 @@ def _keep_freed_memory():
     libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that every thread finds what another freed
 
 
+def memory_format(device):
+    """Channels last, except on Apple GPUs: there the backward pass of batch norm is wrong with it
+    (https://github.com/pytorch/pytorch/issues/175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def precision(name, device):
     """The number format for training on `device`: "fp32", "bf16" or "fp16". "auto" is bf16 where
-    the hardware computes with it, fp16 on older CUDA devices, else fp32."""
+    the hardware computes with it, fp16 on older CUDA devices, else fp32. Raises `UserError`."""
+    if name == "fp16" and device.type == "mps":
+        raise UserError("--precision fp16 needs a gradient scaler, which mps has not: take fp32 or bf16")
     if name != "auto":
         return name
     if device.type == "cuda":

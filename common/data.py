@@ -22,11 +22,10 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from common import checkpoint
-from common.cli import UserError
+from common.cli import UserError, memory_format
 
-CIFAR10_CLASSES = (
-    "airplane automobile bird cat deer dog frog horse ship truck".split()
-)  # in the order of their labels
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
 SIDE = 32  # pixels: what a picture is before it is resized for the network
 
 
@@ -69,7 +68,7 @@ def _digits():
         labels[train],
         images[test],
         labels[test],
-        [str(digit) for digit in range(10)],
+        CLASSES["digits"],
         "scikit-learn's handwritten digits",
     )
 
@@ -115,8 +114,8 @@ def _pictures(root):
             decoded[f"{split}_labels"] = torch.tensor(labels)
         try:
             checkpoint.save(decoded, cache)
-        except OSError as error:
-            print(f"the next start decodes the pictures again: cannot keep them in {error.filename}")
+        except UserError as error:
+            print(f"the next start decodes the pictures again: {error}")
     return Dataset(
         decoded["train_images"],
         decoded["train_labels"],
@@ -166,13 +165,26 @@ def _to_square(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def one_picture(image, name, directory):
+def check_classes(name, classes):
+    """Raises `UserError` unless the data set `name` has these classes."""
+    if list(classes) != CLASSES[name]:
+        fits = [f"--dataset {other}" for other in CLASSES if list(classes) == CLASSES[other]]
+        raise UserError(
+            f"these weights are for other classes than those of {name}: "
+            + (fits[0] if fits else "name others with --weights")
+        )
+
+
+def one_picture(image, name, directory, classes):
     """The picture to look at: (uint8 [3, 32, 32], what it is in words).
 
     `image` is the number of a test picture, a picture file, or None: the first test picture, or,
-    where that data is not there, a photograph that scikit-learn ships. Raises `UserError`."""
+    where that data is not there, a photograph that scikit-learn ships. `classes` are those that the
+    network knows. Raises `UserError`."""
     if image is not None and not image.isdigit():
         return read_picture(image), Path(image).name
+    if name == "cifar10" and not Path(directory).is_dir() and str(directory) != "data":
+        raise UserError(f"no folder {directory}: name the one that has CIFAR-10 with --data")
     here = name == "digits" or any(
         (Path(directory) / part).exists() for part in ("test", CIFAR10.filename, CIFAR10.base_folder)
     )
@@ -182,6 +194,7 @@ def one_picture(image, name, directory):
             "using scikit-learn's photograph of a flower"
         )
         return _to_square(Image.fromarray(load_sample_image("flower.jpg"))), "a flower"
+    check_classes(name, classes)
     dataset, index = load(name, directory), int(image or 0)
     if index >= len(dataset.test_images):
         last = len(dataset.test_images) - 1
@@ -233,9 +246,9 @@ def cropped(images, batch):
 
 
 def prepare(images, size, mean, std):
-    """What the network gets: uint8 [N, 3, S, S] → float32 [N, 3, size, size], channels last,
-    (value / 255 - mean) / std per channel, bilinear."""
-    x = images.float().contiguous(memory_format=torch.channels_last)
+    """What the network gets: uint8 [N, 3, S, S] → float32 [N, 3, size, size], bilinear,
+    (value / 255 - mean) / std per channel."""
+    x = images.float().contiguous(memory_format=memory_format(images.device))
     for channel in range(3):  # by plain numbers: a tensor of them would make a GPU wait for its copy
         x[:, channel] = (x[:, channel] - 255 * mean[channel]) / (255 * std[channel])
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)

@@ -24,7 +24,7 @@ def show(axes, tensor):
     axes.set(xticks=[], yticks=[])
 
 
-def tile(cells, columns, gap=1):
+def tile(cells, columns, gap):
     """[N, h, w] or [N, h, w, 3] → one array, `columns` cells a row, NaN between the cells."""
     n, h, w = cells.shape[:3]
     rows = math.ceil(n / columns)
@@ -35,7 +35,7 @@ def tile(cells, columns, gap=1):
     return sheet
 
 
-def grid(cells, columns, title, scale=None, label="", signed=False, gap=1):
+def grid(cells, columns, title, scale=None, label="", signed=False):
     """A figure of all cells [N, h, w], numbered at the edges, on one scale from 0 (or, if `signed`, from
     -`scale`, with zero at neutral grey) to `scale`; `label` is the colour bar's.
 
@@ -44,6 +44,7 @@ def grid(cells, columns, title, scale=None, label="", signed=False, gap=1):
     rgb = cells.dim() == 4
     cells = (cells.permute(0, 2, 3, 1) if rgb else cells).numpy()
     n, h, w = cells.shape[:3]
+    gap = 1
     sheet = tile(cells, columns, gap)
     width = 9
     height = width * sheet.shape[0] / sheet.shape[1] * (0.95 if rgb else 0.88) + 0.9

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from common import checkpoint, data
+from common import checkpoint, cli, data
 from common.cli import UserError
 from MyResnet import ResNet18
 
@@ -35,23 +35,27 @@ def load_network(path, dataset, device):
         raise UserError(f"no weights in {path}: python train.py makes them, --weights names others")
     saved = checkpoint.load(path)
     try:
+        saved = dict(saved)
         model = ResNet18(num_classes=len(saved["classes"]))
         model.load_state_dict(saved["model"])
         network = Network(model.eval(), *(saved[key] for key in Network._fields[1:]))
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} was not written by train.py: name a weights.pt of it with --weights")
     except RuntimeError as error:
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path} has weights of another network ({detail}): name others with --weights")
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=cli.memory_format(device))
     return network
 
 
-def _layer(model, name):
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise UserError(f"no layer {name!r}: python MyResnet.py lists the stages")
+def from_flags(args):
+    """What a script's flags name: (the network, the picture as uint8 [3, 32, 32], what it is in words,
+    what the model gets of it). Says what the network takes the picture for. Raises `UserError`."""
+    network = load_network(args.weights, args.dataset, cli.device(args.device))
+    picture, name = data.one_picture(args.image, args.dataset, args.data, network.classes)
+    x = network.prepare(picture)
+    print(f"{name}; {prediction(network, x)}")
+    return network, picture, name, x
 
 
 def feature_maps(model, x, *layers):
@@ -64,7 +68,7 @@ def feature_maps(model, x, *layers):
     def keep(name):
         return lambda module, args, output: maps.update({name: output})
 
-    hooks = [_layer(model, name).register_forward_hook(keep(name)) for name in layers]
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
     try:
         model(x)
     finally:
@@ -110,7 +114,7 @@ def reconstruct(model, x, layer, number, method="guided"):
     The map's own activations go back from `layer` as the gradient, with all other maps at zero, down
     to the pixels; `method`, a key of RELU_BACKWARD, says what a ReLU does with them on the way. `x` is
     [1, 3, H, W], normalised; the pattern is [3, H, W], of either sign. Raises `UserError` if there is
-    no such layer or map."""
+    no such map."""
     rule = RELU_BACKWARD[method]
     x = x.detach().requires_grad_()
     relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]

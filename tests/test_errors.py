@@ -15,6 +15,7 @@ import test_filter
 import test_recon_conv1
 import test_recon_conv5
 import train
+from common.data import CIFAR10_CLASSES
 from MyResnet import ResNet18
 
 
@@ -40,6 +41,8 @@ def things(run, pictures, tmp_path_factory):
     saved = torch.load("run/weights.pt", weights_only=True)
     torch.save(saved | {"model": ResNet18(5).state_dict()}, "five.pt")
     torch.save(saved | {"model": {}}, "nothing.pt")
+    torch.save(saved | {"classes": CIFAR10_CLASSES}, "cifar.pt")
+    torch.save(torch.zeros(3), "tensor.pt")
     (tmp_path / "text.jpg").write_text("not a picture")
     Image.new("RGB", (40, 40)).save("fine.png")
     (tmp_path / "file").touch()
@@ -84,13 +87,18 @@ WRONG = [
     (train, f"{TRAIN} --weights run/weights.pt", "--weights goes with --evaluate"),
     (train, "--resume --out nowhere", "no run to resume in nowhere"),
     (train, "--resume --evaluate", "--resume and --evaluate exclude each other"),
-    (train, "--resume --out run --epochs 9 --dataset digits", "was started with --epochs 2, not 9"),
+    (train, "--resume --out run --epochs 9 --dataset digits", "the run in run has --epochs 2, not 9"),
     (train, "--evaluate --weights nowhere.pt", "no weights in nowhere.pt"),
-    (train, "--evaluate --weights run/weights.pt --data good", "are for other classes than cifar10"),
+    (train, "--evaluate --weights run/weights.pt --data good", "other classes than those of cifar10: --dataset digits"),
     (test_filter, "", "no weights in runs/cifar10/weights.pt: python train.py makes them"),
     (test_filter, "--weights run", "no weights in run"),
     (test_filter, "--weights text.pt", "text.pt is not a checkpoint, or is damaged"),
     (test_filter, "--weights empty.pt", "empty.pt is not a checkpoint, or is damaged"),
+    (train, "--resume --out run", "the run in run has --dataset digits, not cifar10"),
+    (train, "--resume --out run --dataset digits --size 64", "the run in run has --size 32, not 64"),
+    (test_filter, "--weights tensor.pt", "tensor.pt was not written by train.py"),
+    (test_activations, "--weights cifar.pt --data nowhere", "no folder nowhere"),
+    (test_activations, "--weights run/weights.pt --data good", "are for other classes than those of cifar10"),
     (test_filter, "--weights list.pt", "list.pt was not written by train.py"),
     (test_filter, "--weights five.pt", "five.pt has weights of another network"),
     (test_filter, "--weights nothing.pt", "nothing.pt has weights of another network"),
@@ -99,7 +107,7 @@ WRONG = [
     (test_featuremaps, "--weights run/weights.pt --image text.jpg", "text.jpg cannot be read as a picture"),
     (test_activations, "--weights run/weights.pt --image run", "run cannot be read as a picture"),
     (test_activations, "--weights run/weights.pt --dataset digits --image 360", "--image takes 0 to 359"),
-    (test_activations, "--weights run/weights.pt --data good --image 30", "--image takes 0 to 29"),
+    (test_activations, "--weights cifar.pt --data good --image 30", "--image takes 0 to 29"),
     (test_recon_conv1, "--weights run/weights.pt --image fine.png --map 64", "--map takes 0 to 63"),
     (test_recon_conv5, "--weights run/weights.pt --image fine.png --map 512", "--map takes 0 to 511"),
     (test_recon_conv5, "--weights run/weights.pt --image fine.png --map -1", "--map"),

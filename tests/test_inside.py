@@ -4,7 +4,6 @@ import captum.attr
 import pytest
 import torch
 import torchvision
-from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from common import checkpoint, inside
@@ -61,8 +60,6 @@ def test_no_hook_is_left_behind(model, x):
     inside.reconstruct(model, x, "conv5_x", 0)
     with pytest.raises(UserError):
         inside.reconstruct(model, x, "conv1", 64)
-    with pytest.raises(UserError):
-        inside.reconstruct(model, x, "conv6_x", 0)
     with pytest.raises(RuntimeError):
         inside.feature_maps(model, torch.zeros(1, 5, 32, 32), "conv1")
     for module in model.modules():
@@ -93,7 +90,7 @@ def test_strongest_map_has_the_highest_mean():
         inside.choose_map(maps, 5)
 
 
-def test_weights_come_back_as_saved(run):
+def test_weights_come_back_as_saved(run, tmp_path):
     network = inside.load_network(run / "weights.pt", "digits", torch.device("cpu"))
     saved = torch.load(run / "weights.pt", weights_only=True)
     assert network.classes == [str(digit) for digit in range(10)] and network.size == 32
@@ -101,10 +98,10 @@ def test_weights_come_back_as_saved(run):
         assert torch.equal(tensor, saved["model"][name]), name
     assert not network.model.training
     halves = {name: t.half() if t.is_floating_point() else t for name, t in saved["model"].items()}
-    checkpoint.save(saved | {"model": halves}, run / "half.pt")
-    half = inside.load_network(run / "half.pt", "digits", torch.device("cpu"))
+    checkpoint.save(saved | {"model": halves}, tmp_path / "half.pt")
+    half = inside.load_network(tmp_path / "half.pt", "digits", torch.device("cpu"))
     assert half.model.fc.weight.dtype == torch.float32
-    assert isinstance(half.model.conv1.relu, nn.ReLU)
+    assert torch.equal(half.model.fc.weight, halves["fc.weight"].float())
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -116,7 +113,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot write .*last.pt .No space left on device"):
         checkpoint.save({"epoch": 2}, path)
     assert checkpoint.load(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

@@ -85,6 +85,7 @@ def test_zero_is_drawn_at_neutral_grey_on_a_symmetric_scale():
     pattern[0, 0, 0], pattern[1, 3, 3] = 2.0, -1.0
     picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
     figure = figures.picture_and_pattern(picture, torch.ones(2, 2), pattern, "", ("", "", ""))
+    assert (figure.axes[1].images[0].get_array() == 1).all()
     drawn = figure.axes[2].images[0].get_array()
     assert drawn[1, 1].tolist() == [0.5, 0.5, 0.5]
     assert drawn[0, 0].tolist() == [1.0, 0.5, 0.5] and drawn[3, 3].tolist() == [0.5, 0.25, 0.5]
@@ -100,3 +101,33 @@ def test_grid_puts_each_map_where_its_number_says():
         y, x = rows[str(number // 4 * 4)], columns[f"+{number % 4}"]
         assert drawn[int(y), int(x)] == number
     assert axes.images[0].get_clim() == (0, 5)
+
+
+def test_column_chart_has_the_values_as_heights():
+    axes = figures.column_chart(torch.tensor([1.0, 3.0, 2.0]), 1, "", "").axes[0]
+    heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches[:3]}
+    assert heights == {0: 1, 1: 3, 2: 2}
+    assert axes.patches[3].get_height() == 3 and axes.texts[0].get_text() == "map 1: 3.000"
+
+
+def test_each_channel_draws_its_own_filters(run, tmp_path, monkeypatch):
+    drawn, real = [], figures.grid
+    monkeypatch.setattr(
+        figures, "grid", lambda cells, **options: drawn.append(cells) or real(cells, **options)
+    )
+    test_filter.main(["--weights", str(run / "weights.pt"), "--out", str(tmp_path)])
+    weights = torch.load(run / "weights.pt", weights_only=True)["model"]["conv1.conv.weight"]
+    for channel in range(3):
+        assert torch.equal(drawn[channel], weights[:, channel])
+    assert drawn[3].amin() >= 0 and drawn[3].amax() <= 1
+
+
+def test_curves_draw_what_was_measured():
+    rows = [
+        dict(epoch=1, size=32, train_accuracy=0.1, test_accuracy=0.2, last_size_accuracy=None),
+        dict(epoch=2, size=32, train_accuracy=0.3, test_accuracy=0.4, last_size_accuracy=0.5),
+    ]
+    lines = figures.accuracy_curve(rows, 64, "").axes[0].lines
+    drawn = {line.get_label(): line.get_ydata() for line in lines}
+    assert drawn["validation"] == pytest.approx([20, 40]) and drawn["training"] == pytest.approx([10, 30])
+    assert drawn["validation at 64 px"] == pytest.approx([50])

@@ -70,7 +70,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
     flags = ["--epochs", "2", *flags.split()]
     start(whole, *flags)
 
-    steps, real = [], data.cropped
+    steps, real, before = [], data.cropped, signal.getsignal(signal.SIGINT)
 
     def interrupting(images, batch):
         steps.append(batch)
@@ -90,7 +90,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
     for name in ("loss.csv", "metrics.csv"):
         one, other = ((folder / name).read_text().splitlines() for folder in (whole, parts))
         assert [row.rsplit(",", 1)[0] for row in one] == [row.rsplit(",", 1)[0] for row in other]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_earlier_run_is_kept(tmp_path, capsys):
@@ -163,15 +163,17 @@ def test_assignment_recipe_is_the_reports():
 
 
 def test_weight_decay_is_on_weights_only(tmp_path, monkeypatch):
-    groups = []
+    groups, optimizer_options = [], {}
     real = torch.optim.SGD
 
     def sgd(parameters, **options):
         groups.extend(parameters)
+        optimizer_options.update(options)
         return real(parameters, **options)
 
     monkeypatch.setattr(torch.optim, "SGD", sgd)
     start(tmp_path, "--epochs", "1")
+    assert optimizer_options == dict(lr=0.1, momentum=0.9, nesterov=True)
     decayed, others = (group["params"] for group in groups)
     assert groups[0]["weight_decay"] == 5e-4 and groups[1].get("weight_decay", 0) == 0
     assert len(decayed) == 21 and len(others) == 41  # 20 convolutions and fc; the rest
@@ -238,3 +240,45 @@ def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [row["test_accuracy"] for row in rows] == ["0.032", "0.032", "0.032", "0.04"]
     assert [row["last_size_accuracy"] for row in rows] == ["", "", "0.04", "0.04"]
+
+
+def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch):
+    used, real_step, real_loss = [], torch.optim.SGD.step, torch.nn.functional.cross_entropy
+    smoothing = []
+
+    def step(self, *args):
+        used.append({group["lr"] for group in self.param_groups})
+        return real_step(self, *args)
+
+    def loss(logits, labels, **options):
+        smoothing.append(options.get("label_smoothing"))
+        return real_loss(logits, labels, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(train.F, "cross_entropy", loss)
+    start(tmp_path, "--epochs", "2", "--lr", "0.5")
+    with open(tmp_path / "loss.csv") as file:
+        noted = [float(row["rate"]) for row in csv.DictReader(file)]
+    settings = dict(lr=0.5, warmup=0.2)
+    expected = [train.rate(settings, i / 6) for i in range(6)]
+    assert noted == pytest.approx(expected, rel=1e-4) and [list(rates) for rates in used] == [
+        [pytest.approx(rate)] for rate in expected
+    ]
+    assert [value for value in smoothing if value is not None] == [0.1] * 6
+
+
+def test_final_accuracies_are_those_of_their_sets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda model, images, labels, *rest: (0.0, len(images) / 1000))
+    start(tmp_path, "--epochs", "1")
+    printed = capsys.readouterr().out
+    assert "training set, 200 pictures: 20.00%" in printed and "test set, 360 pictures: 36.00%" in printed
+
+
+def test_a_data_set_that_grew_is_not_resumed_on(run, monkeypatch, capsys):
+    real = data.load
+    monkeypatch.setattr(
+        data, "load", lambda *args: real(*args)._replace(train_images=real(*args).train_images[:200])
+    )
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(run), "--dataset", "digits", "--no-visdom"])
+    assert "has 256 training pictures, data now has 200" in capsys.readouterr().err

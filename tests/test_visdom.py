@@ -20,10 +20,17 @@ ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25)
 
 
 @pytest.fixture
-def port():
+def port(monkeypatch):
+    """A free port; no server that a page starts outlives the test, whatever happens in it."""
+    servers, start = [], Myvisdom.start_server
+    monkeypatch.setattr(Myvisdom, "start_server", lambda port: servers.append(start(port)) or servers[-1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        port = free.getsockname()[1]
+    yield port
+    for server in servers:
+        server.kill()
+        server.wait()
 
 
 def wait_for(condition, seconds=40):
@@ -55,13 +62,13 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
     history = dict(loss=[2.0, 1.0], rate=[0.1, 0.2], epochs=[])
     page = Myvisdom.Page(history, "mine", {"recipe": "<b>fast"}, port)
     assert f"http://127.0.0.1:{port}/env/mine" in capsys.readouterr().out
-    drawn = wait_for(lambda: panes(port, "mine"))
+    drawn = wait_for(lambda: (now := panes(port, "mine")) and "Run" in now and now)
     assert points(drawn["Train Loss"]) == [(1, 2), (2, 1)]
     assert points(drawn["Learning Rate"]) == [(1, 0.1), (2, 0.2)]
     assert "&lt;b&gt;fast" in drawn["Run"]["content"]
 
     history["rate"].append(0.3), history["loss"].append(0.5), history["epochs"].append(ROW)
-    drawn = wait_for(lambda: (now := panes(port, "mine")) and "Validation Accuracy" in now and now)
+    drawn = wait_for(lambda: (now := panes(port, "mine")) and "Train Accuracy" in now and now)
     assert points(drawn["Train Loss"]) == [(1, 2), (2, 1), (3, 0.5)]
     assert points(drawn["Validation Accuracy"]) == [(1, 25)]
     assert points(drawn["Train Accuracy"]) == [(1, 50)]
