@@ -89,7 +89,7 @@ WRONG = [
     (train, "--resume --evaluate", "--resume and --evaluate exclude each other"),
     (train, "--resume --out run --epochs 9 --dataset digits", "the run in run has --epochs 2, not 9"),
     (train, "--evaluate --weights nowhere.pt", "no weights in nowhere.pt"),
-    (train, "--evaluate --weights run/weights.pt --data good", "other classes than those of cifar10: --dataset digits"),
+    (train, "--evaluate --weights run/weights.pt --data good", "other classes than those of cifar10: --data"),
     (test_filter, "", "no weights in runs/cifar10/weights.pt: python train.py makes them"),
     (test_filter, "--weights run", "no weights in run"),
     (test_filter, "--weights text.pt", "text.pt is not a checkpoint, or is damaged"),
