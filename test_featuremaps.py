@@ -9,7 +9,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     network, picture, name, x = inside.from_flags(args)
 
-    figure = figures.picture(picture, f"The picture: {name}", inside.prediction(network, x))
+    figure = figures.picture(picture, name, inside.prediction(network, x))
     figures.save(figure, args.out, "picture.png")
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
         count, height, width = maps.shape[1:]
