@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-STAGES = ("conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x")
-
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a way around them (figure 2 of the paper).

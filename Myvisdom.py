@@ -24,6 +24,7 @@ PAGES = Path("runs/visdom")  # where the server keeps what the pages show
 
 
 def address(port):
+    """Where the page is."""
     return f"http://127.0.0.1:{port}"
 
 

@@ -61,6 +61,7 @@ FILES = "last.pt weights.pt metrics.csv loss.csv loss.png accuracy.png confusion
 
 
 def parse(argv):
+    """The flags, with --out as a path."""
     parser = cli.parser(__doc__, "data", "dataset", "device")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
     add("--recipe", choices=list(RECIPES), help="default: fast")
@@ -439,6 +440,7 @@ def main(argv=None):
 
 
 def evaluate_weights(args, device):
+    """--evaluate: prints the accuracy of a network, per class too, and draws its confusion matrix."""
     network = inside.load_network(args.weights or args.out / "weights.pt", args.dataset, device)
     data.check_classes(args.dataset, network.classes)
     dataset = load_data(args, dict(holdout=args.holdout, limit=None), device)
