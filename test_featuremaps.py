@@ -5,12 +5,12 @@ from common import cli, figures, inside
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device")
+    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device", "port")
     args = parser.parse_args(argv)
     network, picture, name, x = inside.from_flags(args)
 
     figure = figures.picture(picture, name, inside.prediction(network, x))
-    figures.save(figure, args.out, "picture.png")
+    figures.save(figure, args, "picture.png")
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
         count, height, width = maps.shape[1:]
         figure = figures.grid(
@@ -20,7 +20,7 @@ def main(argv=None):
             scale=maps.max(),
             label="activation (one scale for all maps)",
         )
-        figures.save(figure, args.out, f"featuremaps_{layer}.png")
+        figures.save(figure, args, f"featuremaps_{layer}.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from common import cli, figures, inside
 
 @cli.command
 def main(argv=None):
-    args = cli.parser(__doc__, "weights", "dataset", "out", "device").parse_args(argv)
+    args = cli.parser(__doc__, "weights", "dataset", "out", "device", "port").parse_args(argv)
     network = inside.load_network(args.weights, args.dataset, cli.device(args.device))
     filters = network.model.conv1.conv.weight.detach().cpu()  # [64, 3, 7, 7], as trained
     largest = filters.abs().max()
@@ -19,7 +19,7 @@ def main(argv=None):
             label="weight (one scale for all channels)",
             signed=True,
         )
-        figures.save(figure, args.out, f"filters_channel_{channel}.png")
+        figures.save(figure, args, f"filters_channel_{channel}.png")
 
     strongest = filters.abs().amax((1, 2, 3), keepdim=True)  # each filter shown at full contrast
     figure = figures.grid(
@@ -27,7 +27,7 @@ def main(argv=None):
         columns=8,
         title="The 64 filters of conv1 in colour (grey is zero, each at full contrast)",
     )
-    figures.save(figure, args.out, "filters_rgb.png")
+    figures.save(figure, args, "filters_rgb.png")
     print(f"64 filters of 7×7×3; the largest weight is {largest:.3f}")
 
 

@@ -5,10 +5,9 @@ python train.py --resume               go on with it where it stopped
 python train.py --recipe assignment    the report's own recipe
 python train.py --dataset digits       try it all in two minutes, with no download"""
 
-import csv
+import contextlib
 import itertools
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,15 +17,15 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
-from common import checkpoint, cli, data, figures, inside
-from MyResnet import ResNet18
-from Myvisdom import PORT, Page, listening
+from common import cli, data, figures, inside
+from common.run import Run, resumed, schedule, set_aside
+from Myvisdom import Page, listening
 
 RECIPES = {
     "fast": dict(
-        epochs=25,  # passes over the training set
+        epochs=12,  # passes over the training set
         batch_size=128,  # pictures a step
-        sizes={96: 0.6, 160: 0.2, 224: 0.2},  # px: share of the epochs; small pictures save time
+        sizes={96: 0.42, 128: 0.25, 160: 0.17, 192: 0.08, 224: 0.08},  # px: share of the epochs
         lr=0.1,  # peak of the one-cycle rate
         warmup=0.2,  # share of the run in which the rate rises to its peak; then it falls to 0
         momentum=0.9,  # of SGD
@@ -34,7 +33,6 @@ RECIPES = {
         weight_decay=5e-4,  # on weights only: not on biases and batch norms
         label_smoothing=0.1,  # share of the target that goes to all classes alike; in the training loss only
         shift=4,  # px of 32: pictures are cropped up to this far off centre
-        zoom=False,  # whether small pictures are crops, of up to the scale objects have at the last size
         flip=True,  # half of the pictures, left to right (never digits)
         mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's own, per channel, of values from 0 to 1
         std=(0.2470, 0.2435, 0.2616),  # likewise
@@ -50,22 +48,20 @@ RECIPES = {
         weight_decay=0.0,  # none
         label_smoothing=0.0,  # none
         shift=0,  # no augmentation
-        zoom=False,
         flip=False,
         mean=(0.5, 0.5, 0.5),  # values from -1 to 1
         std=(0.5, 0.5, 0.5),
     ),
 }
 EVALUATION_BATCH = 250
-FILES = "last.pt weights.pt metrics.csv loss.csv loss.png accuracy.png confusion.png".split()
 
 
 def parse(argv):
     """The flags, with --out as a path."""
-    parser = cli.parser(__doc__, "data", "dataset", "device")
+    parser = cli.parser(__doc__, "data", "dataset", "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
     add("--recipe", choices=list(RECIPES), help="default: fast")
-    add("--epochs", type=whole, metavar="N", help="default: 25")
+    add("--epochs", type=whole, metavar="N", help="default: 12; recipe assignment: 25")
     add("--batch-size", type=cli.number(int, 2), metavar="N", help="default: 128")
     add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
@@ -75,20 +71,18 @@ def parse(argv):
     add("--holdout", type=whole, metavar="N", help="hold the last N training pictures out, and "
         "evaluate on them instead of the test set")  # fmt: skip
     add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
-        "--evaluate, the confusion matrix (default: beside the weights)")  # fmt: skip
+        "--evaluate, the confusion matrix (default: figures)")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--evaluate", action="store_true", help="only evaluate --weights (default: the run's)")
-    add("--weights", metavar="FILE", help="the weights to --evaluate")
+    add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
+    add("--evaluate", action="store_true", help="only evaluate --weights")
+    add("--weights", **cli.FLAGS["weights"])
     add("--no-visdom", action="store_true", help="no live page")
-    add("--port", type=cli.number(int, 1, 65535), default=PORT, help=f"of visdom (default: {PORT})")
     args = parser.parse_args(argv)
     if args.weights and not args.evaluate:
         parser.error("--weights goes with --evaluate")
     if args.resume and args.evaluate:
         parser.error("--resume and --evaluate exclude each other")
-    if args.evaluate and args.weights and not args.out:
-        args.out = Path(args.weights).parent
-    args.out = Path(args.out or f"runs/{args.dataset}")
+    args.out = Path(args.out or ("figures" if args.evaluate else f"runs/{args.dataset}"))
     return args
 
 
@@ -102,8 +96,7 @@ def new_settings(args, device):
     settings["sizes"] = sizes_by_epoch(settings["sizes"], settings["epochs"])
     if args.size:
         settings["sizes"] = [args.size] * settings["epochs"]
-    for key in ("zoom", "flip"):
-        settings[key] &= args.dataset != "digits"
+    settings["flip"] &= args.dataset != "digits"
     settings["precision"] = cli.precision(args.precision or "auto", device)
     return settings | dict(seed=args.seed or 0, limit=args.limit, holdout=args.holdout)
 
@@ -141,127 +134,46 @@ def predict(model, images, size, settings, progress=""):
 
 
 def evaluate(model, images, labels, size, settings, progress=""):
-    """(mean cross-entropy loss, accuracy 0 … 1) of `predict`."""
+    """(mean cross-entropy loss, accuracy 0 … 1, logits) of `predict`."""
     logits = predict(model, images, size, settings, progress)
     accuracy = (logits.argmax(1) == labels).float().mean()
-    return float(F.cross_entropy(logits, labels)), float(accuracy)
+    return float(F.cross_entropy(logits, labels)), float(accuracy), logits
 
 
-def set_aside(out):
-    """Moves a run that is in the folder `out` already to a new folder in it: nothing is overwritten."""
-    old = [path for path in map(out.joinpath, FILES) if path.exists()]
-    if out / "last.pt" in old or out / "weights.pt" in old:
-        aside = next(out / f"earlier-{n}" for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        print(f"the run that was in {out} is now in {aside}")
-
-
-def write_metrics(history, last_size, out, title):
-    """loss.csv and metrics.csv, and their curves as loss.png and accuracy.png (figures 6.2, 6.1)."""
-    with open(out / "loss.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["iteration", "loss", "accuracy", "rate"])
-        columns = history["loss"], history["accuracy"], history["rate"]
-        rows.writerows([i, *(f"{value:.6g}" for value in row)] for i, row in enumerate(zip(*columns), 1))
-    figures.loss_curve(history["loss"], title).savefig(out / "loss.png", dpi=110)
-    if history["epochs"]:
-        with open(out / "metrics.csv", "w", newline="") as file:
-            rows = csv.DictWriter(file, list(history["epochs"][0]))
-            rows.writeheader()
-            rows.writerows(history["epochs"])
-        figures.accuracy_curve(history["epochs"], last_size, title).savefig(out / "accuracy.png", dpi=110)
-
-
-def train(settings, dataset, out, device, port, saved=None):
-    """Trains as `settings` say, from scratch or on from the checkpoint `saved`, writing to the folder
-    `out`; `port` is visdom's, or None. Ctrl-C and SIGTERM end it after a step, saved. Returns (the model, the
-    signal that ended it or None)."""
+def train(run, dataset, device, port, save_every):
+    """Trains `run` to its end, saving it after each epoch and every `save_every` minutes; `port` is
+    visdom's, or None. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it, or
+    None. Raises `UserError` when the loss is no longer finite, and when the run cannot be saved at its
+    start or its end."""
     images, labels, test_images, test_labels = dataset[:4]
-    epochs, batch_size, sizes = (settings[key] for key in ("epochs", "batch_size", "sizes"))
-    steps = max(1, len(images) // batch_size)  # in an epoch
-    batch_size = min(batch_size, len(images))
-
-    torch.manual_seed(settings["seed"])
-    model = ResNet18(len(dataset.classes)).to(device, memory_format=cli.memory_format(device))
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]  # of batch norms, and fc's bias
-    optimizer = torch.optim.SGD(
-        [dict(params=weights, weight_decay=settings["weight_decay"]), dict(params=others)],
-        lr=settings["lr"],
-        momentum=settings["momentum"],
-        nesterov=settings["nesterov"],
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
-    # All that happened so far, per iteration and per epoch (the rows of metrics.csv). It says how far
-    # the run is; together with the seed it says what comes next, so no other state is saved.
-    history = dict(loss=[], accuracy=[], rate=[], epochs=[], seconds=0.0)
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        history = saved["history"]
-
-    def save():
-        rows = history["epochs"]
-        network = dict(
-            model=model.state_dict(),
-            mean=settings["mean"],
-            std=settings["std"],
-            classes=list(dataset.classes),
-            size=sizes[max(0, len(history["loss"]) - 1) // steps],  # the last it was trained at
-            accuracy=rows[-1]["test_accuracy"] if rows else None,
-            source=dataset.source,
-            settings=settings,
-        )
-        run = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history)
-        checkpoint.save(network | run, out / "last.pt")
-        checkpoint.save(network, out / "weights.pt")
-        write_metrics(
-            history, sizes[-1], out, f"ResNet-18, {settings['dataset']}, recipe {settings['recipe']}"
-        )
-
-    def record(result):
-        """Notes the result of an iteration; reading it waits for the device."""
-        loss, accuracy = result.tolist()
-        history["rate"].append(rate(settings, len(history["loss"]) / (steps * epochs)))
-        history["accuracy"].append(accuracy)
-        history["loss"].append(loss)
-
-    signals = []  # that arrived: the run saves and stops
-
-    def stop(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)  # once more stops at once
-        tqdm.write("stopping as soon as this step or evaluation is done …", file=sys.stderr)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
-        numbers.append(signal.SIGHUP)
-    handlers = {number: signal.signal(number, stop) for number in numbers}
-    shown = settings | {"sizes": schedule(sizes), "device": device}
-    page = Page(history, out.resolve().name, shown, port) if port else None
+    model, optimizer, scaler, settings = run.model, run.optimizer, run.scaler, run.settings
+    epochs, sizes, steps = settings["epochs"], settings["sizes"], run.steps
+    batch_size = min(settings["batch_size"], len(images))
     work = [size * size for size in sizes]  # of an epoch: it grows with the pixels
     work_done, began = 0.0, time.time()  # in this process
-    try:
-        for epoch in range(len(history["epochs"]), epochs):
-            size, epoch_began = sizes[epoch], time.time()
+
+    with cli.stop_signals() as signals, contextlib.ExitStack() as stack:
+        if port:
+            shown = settings | {"device": str(device)}
+            page = stack.enter_context(Page(run.history, shown, dataset.classes, steps, port))
+        run.save(insist=True)  # what cannot be written is said now
+        for epoch in range(len(run.history["epochs"]), epochs):
+            size = sizes[epoch]
             model.train()
-            first = len(history["loss"]) - epoch * steps  # not 0 after a stop within the epoch
-            smallest = round(data.SIDE * size / sizes[-1]) if settings["zoom"] else data.SIDE
+            first = run.iteration - epoch * steps  # not 0 when resumed within the epoch
             plan = data.plan(
-                len(images), batch_size, settings["seed"], epoch,
-                settings["shift"], smallest, settings["flip"], device,
-            )  # fmt: skip
+                len(images), batch_size, settings["seed"], epoch, settings["shift"], settings["flip"], device
+            )
             bar = tqdm(
                 total=steps * batch_size, initial=first * batch_size, unit=" images", leave=False,
                 desc=f"epoch {epoch + 1}/{epochs}, {size} px", dynamic_ncols=True,
             )  # fmt: skip
+            run.mark = time.perf_counter()
             unread = None  # the last step's result: read while the device does the next step
             for step, batch in enumerate(plan[first:], first):
+                lr = rate(settings, (epoch * steps + step) / (steps * epochs))
                 for group in optimizer.param_groups:
-                    group["lr"] = rate(settings, (epoch * steps + step) / (steps * epochs))
+                    group["lr"] = lr
                 x = data.cropped(images, batch)
                 x = data.prepare(x, size, settings["mean"], settings["std"])
                 y = labels[batch.order]
@@ -274,50 +186,47 @@ def train(settings, dataset, out, device, port, saved=None):
                 scaler.step(optimizer)
                 scaler.update()
 
-                if unread is not None:
-                    record(unread)
+                if unread:
+                    run.record(*unread[0].tolist(), unread[1])
                     work_done += work[epoch] / steps
                     to_do = sum(work[epoch:]) - work[epoch] * step / steps
                     left = tqdm.format_interval((time.time() - began) * to_do / work_done)
-                    loss_now, accuracy_now = history["loss"][-1], history["accuracy"][-1]
+                    loss_now, accuracy_now = run.history["loss"][-1], run.history["accuracy"][-1]
                     bar.set_postfix_str(
                         f"loss {loss_now:.3f}, accuracy {accuracy_now:.1%}, run {left} left", refresh=False
                     )
-                    if page:
-                        page.status = f"epoch {epoch + 1} of {epochs}, {size} px; {left} left"
-                unread = torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean()))
+                    if port:
+                        page.left = left
+                unread = torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean())), lr
                 bar.update(batch_size)
                 if signals:
                     break
-            if unread is not None:
-                record(unread)
+                if time.time() - run.saved_at > 60 * save_every:
+                    run.record(*unread[0].tolist(), lr)
+                    unread = None
+                    run.save()
+                    run.mark = time.perf_counter()
+            if unread:
+                run.record(*unread[0].tolist(), unread[1])
             bar.close()
             if signals:
-                history["seconds"] += time.time() - epoch_began
-                save()
                 break
 
-            test_loss, test_accuracy = evaluate(model, test_images, test_labels, size, settings, "evaluating")
+            test_loss, test_accuracy, logits = evaluate(
+                model, test_images, test_labels, size, settings, "evaluating"
+            )
+            if port:
+                page.evaluated = test_images, test_labels, logits
             # The second half is evaluated at the last size too: that is where the network will be used.
             last_size_accuracy = test_accuracy if size == sizes[-1] else None
             if last_size_accuracy is None and 2 * epoch >= epochs:
-                _, last_size_accuracy = evaluate(
+                _, last_size_accuracy, _ = evaluate(
                     model, test_images, test_labels, sizes[-1], settings, f"evaluating at {sizes[-1]} px"
                 )
-            row = dict(
-                epoch=epoch + 1,
-                iteration=len(history["loss"]),
-                size=size,
-                train_loss=mean(history["loss"][-steps:]),
-                train_accuracy=mean(history["accuracy"][-steps:]),
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-                last_size_accuracy=last_size_accuracy,
-                seconds=round(history["seconds"] + time.time() - epoch_began, 1),
+            row = run.end_epoch(
+                size, test_loss=test_loss, test_accuracy=test_accuracy, last_size_accuracy=last_size_accuracy
             )
-            history["epochs"].append(row)
-            history["seconds"] = 0.0
-            save()
+            run.save(curves=True)
             at_last_size = ""
             if last_size_accuracy is not None and size != sizes[-1]:
                 at_last_size = f" ({last_size_accuracy:.2%} at {sizes[-1]} px)"
@@ -329,39 +238,9 @@ def train(settings, dataset, out, device, port, saved=None):
             )
             if signals:
                 break
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if page:
-            page.close("finished" if len(history["epochs"]) == epochs else "stopped")
-    return model, signals[0] if signals and len(history["epochs"]) < epochs else None
-
-
-def mean(values):
-    return sum(values) / len(values)
-
-
-def resumed(args):
-    """The checkpoint of the run in --out. Raises `UserError` where there is none, or where the flags
-    ask for another run than that."""
-    path = args.out / "last.pt"
-    if not path.is_file():
-        raise cli.UserError(f"no run to resume in {args.out}: --out names the folder of one")
-    saved = checkpoint.load(path)
-    if not isinstance(saved, dict) or "optimizer" not in saved:
-        raise cli.UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
-    settings = saved["settings"]
-    for flag in "dataset recipe epochs batch_size size lr seed precision limit holdout".split():
-        asked, was = getattr(args, flag), settings["sizes" if flag == "size" else flag]
-        if flag == "size":
-            was = was[0] if len(set(was)) == 1 else "by its recipe"
-        if asked not in (None, "auto", was):
-            name = f"--{flag.replace('_', '-')}"
-            raise cli.UserError(
-                f"the run in {args.out} has {name} {was}, not {asked}: resume it with that, or start "
-                "another with --out"
-            )
-    return saved
+        if signals or run.unsaved:
+            run.save(curves=True, insist=True)
+    return signals[0] if signals else None
 
 
 def load_data(args, settings, device):
@@ -377,12 +256,6 @@ def load_data(args, settings, device):
     images, labels = images[: settings["limit"]], labels[: settings["limit"]]
     dataset = dataset._replace(train_images=images, train_labels=labels)
     return dataset._replace(**{key: getattr(dataset, key).to(device) for key in dataset._fields[:4]})
-
-
-def schedule(sizes):
-    """[96, 96, 224] → "96 px for 2, 224 px for 1" """
-    runs = [(size, len(list(group))) for size, group in itertools.groupby(sizes)]
-    return ", ".join(f"{size} px for {count}" for size, count in runs)
 
 
 def start_up_lines(settings, dataset, out, device):
@@ -405,6 +278,7 @@ def main(argv=None):
         return evaluate_weights(args, device)
     saved = resumed(args) if args.resume else None
     settings = saved["settings"] if saved else new_settings(args, device)
+    settings.setdefault("name", f"{args.out.resolve().name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     dataset = load_data(args, settings, device)
     if settings.setdefault("pictures", len(dataset.train_images)) != len(dataset.train_images):
         raise cli.UserError(
@@ -415,11 +289,13 @@ def main(argv=None):
     if not args.no_visdom:
         listening(args.port)  # an error now rather than later
     cli.folder(args.out)
+    for name in ("last.pt", "weights.pt"):
+        for leftover in args.out.glob(f"{name}.*.tmp"):  # of a run that was killed while it saved
+            leftover.unlink()
     if not saved:
         set_aside(args.out)
-    model, signal_number = train(
-        settings, dataset, args.out, device, None if args.no_visdom else args.port, saved
-    )
+    run = Run(settings, dataset, args.out, device, saved)
+    signal_number = train(run, dataset, device, None if args.no_visdom else args.port, args.save_every)
     flags = "" if args.dataset == "cifar10" else f" --dataset {args.dataset}"
     flags += "" if args.data == "data" else f" --data {shlex.quote(args.data)}"
     if signal_number:
@@ -432,7 +308,7 @@ def main(argv=None):
         ("training", dataset.train_images, dataset.train_labels),
         ("held-out" if settings["holdout"] else "test", dataset.test_images, dataset.test_labels),
     ):
-        loss, accuracy = evaluate(model, images, labels, size, settings, f"evaluating, {part} set")
+        loss, accuracy, _ = evaluate(run.model, images, labels, size, settings, f"evaluating, {part} set")
         print(f"  {part} set, {len(images):,} pictures: {accuracy:.2%} (loss {loss:.3f})")
     weights = shlex.quote(str(args.out / "weights.pt"))
     print(f"look inside it: python test_filter.py --weights {weights}")
@@ -441,7 +317,7 @@ def main(argv=None):
 
 def evaluate_weights(args, device):
     """--evaluate: prints the accuracy of a network, per class too, and draws its confusion matrix."""
-    network = inside.load_network(args.weights or args.out / "weights.pt", args.dataset, device)
+    network = inside.load_network(args.weights, args.dataset, device)
     data.check_classes(args.dataset, network.classes)
     dataset = load_data(args, dict(holdout=args.holdout, limit=None), device)
     size = args.size or network.size
@@ -461,7 +337,7 @@ def evaluate_weights(args, device):
     figure = figures.confusion(
         counts, dataset.classes, f"What {part} pictures are taken for ({accuracy:.2%} right)"
     )
-    figures.save(figure, args.out, "confusion.png")
+    figures.save(figure, args, "confusion.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Saving and loading: whole files or none, and never a pickle that could run something."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import torch
 from common.cli import UserError
 
 
-def save(content, path):
-    """Writes `content` (tensors, numbers, text, in lists and dictionaries) so that at every instant
-    `path` is the whole old file or the whole new one. Raises `UserError` if it cannot be written."""
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write: at every instant `path` is the whole old file or the whole new one. Raises
+    `UserError` if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -24,6 +26,12 @@ def save(content, path):
         raise UserError(f"cannot write {path} ({reason}): make room there, or choose another folder")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(content, path):
+    """Writes `content` (tensors, numbers, text, in lists and dictionaries) by `replacing`."""
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def load(path):

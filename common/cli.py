@@ -2,10 +2,13 @@
 can mend, and the device with its precision."""
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import math
+import os
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -71,7 +74,11 @@ FLAGS = {
         help="digits: the 1,797 handwritten digits of scikit-learn, to try everything with no "
         "download (default: cifar10)",
     ),
-    "weights": dict(metavar="FILE", help="the trained network (default: runs/<dataset>/weights.pt)"),
+    "weights": dict(
+        metavar="FILE",
+        help="the trained network (default: runs/<dataset>/weights.pt, or for cifar10 without a run the "
+        "reference network in weights/)",
+    ),
     "image": dict(
         metavar="N|FILE",
         help="picture N of the test set, counted from 0, or a picture file (default: 0)",
@@ -87,6 +94,9 @@ FLAGS = {
         help="how a ReLU passes the signal back (default: guided)",
     ),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),
+    "port": dict(
+        type=number(int, 1, 65535), default=8097, metavar="N", help="of the visdom page (default: 8097)"
+    ),
     "device": dict(default="auto", help="cuda, mps or cpu (default: the first that is there)"),
 }
 
@@ -139,6 +149,29 @@ def _keep_freed_memory():
     libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is a mapping of its own
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
     libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that every thread finds what another freed
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within it Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it gives; one
+    that comes again interrupts at once."""
+    arrived = []
+
+    def note(number, frame):
+        arrived.append(number)
+        signal.signal(number, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, "\nstopping as soon as this step or evaluation is done …\n".encode())
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def memory_format(device):

@@ -6,6 +6,7 @@ to the step's size → network."""
 import hashlib
 import itertools
 import os
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,7 @@ def _archive(root):
         raise UserError(f"{archive} has a wrong checksum: delete it, and the next run downloads it again")
     try:
         train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         raise UserError(
             f"no CIFAR-10 in {root}, and its download failed ({error}): put the python archive or "
             "folders train/<class> and test/<class> there, or try --dataset digits"
@@ -95,6 +96,7 @@ def _pictures(root):
     """CIFAR-10 as folders of pictures. What they hold is kept in root/decoded.pt, so that only the
     first start decodes them; the names, sizes and times of the files tell whether it still holds."""
     files = {split: _list_pictures(root / split) for split in ("train", "test")}
+    kinds = sorted({name.rsplit(".")[-1].lower() for listed in files.values() for name, *_ in listed})
     fingerprint = hashlib.sha256(repr(files).encode()).hexdigest()
     cache = root / "decoded.pt"
     try:
@@ -122,7 +124,7 @@ def _pictures(root):
         decoded["test_images"],
         decoded["test_labels"],
         CIFAR10_CLASSES,
-        "CIFAR-10, folders of pictures",
+        f"CIFAR-10 as {' and '.join(kinds)} pictures",
     )
 
 
@@ -151,7 +153,10 @@ def read_picture(path):
     where it is not that size already. Raises `UserError` if it cannot be read."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits: PIL would cut them off at 255
+                image = image.point(lambda value: value / 256).convert("L")
+            image = image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"no picture {path}: name a picture file or the number of a test picture")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -163,6 +168,12 @@ def _to_square(image):
     if image.size != (SIDE, SIDE):
         image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def is_there(name, directory):
+    """Whether `load` needs no download."""
+    parts = "test", CIFAR10.filename, CIFAR10.base_folder
+    return name == "digits" or any((Path(directory) / part).exists() for part in parts)
 
 
 def check_classes(name, classes):
@@ -181,14 +192,11 @@ def one_picture(image, name, directory, classes):
     `image` is the number of a test picture, a picture file, or None: the first test picture, or,
     where that data is not there, a photograph that scikit-learn ships. `classes` are those that the
     network knows. Raises `UserError`."""
-    if image is not None and not image.isdigit():
+    if image is not None and not image.isdecimal():
         return read_picture(image), Path(image).name
     if name == "cifar10" and not Path(directory).is_dir() and str(directory) != "data":
         raise UserError(f"no folder {directory}: name the one that has CIFAR-10 with --data")
-    here = name == "digits" or any(
-        (Path(directory) / part).exists() for part in ("test", CIFAR10.filename, CIFAR10.base_folder)
-    )
-    if image is None and not here:
+    if image is None and not is_there(name, directory):
         print(
             f"no CIFAR-10 in {directory} (python train.py downloads it, --data names another folder): "
             "using scikit-learn's photograph of a flower"
@@ -210,35 +218,31 @@ class Batch(NamedTuple):
     top: torch.Tensor  # int64 [B], pixels: where the crop begins
     left: torch.Tensor
     flip: torch.Tensor  # bool [B]
-    side: int  # pixels of the crop, the same for all
 
 
-def plan(n, batch_size, seed, epoch, shift=0, smallest=SIDE, flip=False, device="cpu"):
+def plan(n, batch_size, seed, epoch, shift=0, flip=False, device="cpu"):
     """The batches of an epoch over `n` pictures, shuffled; a last, smaller one is left out unless it is
     the only one. All is drawn at once from (seed, epoch), so that any step can be done again, on any device.
 
-    Each batch crops squares of `smallest` to 32 pixels a side, anywhere within `shift` pixels around
-    the picture, and flips half of them if `flip`."""
+    A crop is off centre by up to `shift` pixels each way, and half of them are flipped if `flip`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     steps, batch_size = max(1, n // batch_size), min(n, batch_size)
     order = torch.randperm(n, generator=generator)[: steps * batch_size]
     places = torch.rand(2, len(order), generator=generator)  # of all possible ones, 0 … 1
     flips = torch.rand(len(order), generator=generator) < (0.5 if flip else 0)
-    sides = torch.randint(smallest, SIDE + 1, (steps,), generator=generator)
-    possible = SIDE - sides.repeat_interleave(batch_size) + 2 * shift + 1
-    top, left = (places * possible).long() - shift
+    top, left = (places * (2 * shift + 1)).long() - shift
     parts = (part.to(device).split(batch_size) for part in (order, top, left, flips))
-    return [Batch(*batch) for batch in zip(*parts, sides.tolist())]
+    return [Batch(*batch) for batch in zip(*parts)]
 
 
 def cropped(images, batch):
-    """The pictures of a batch: uint8 [N, 3, 32, 32] → [B, 3, side, side], channels last. Beyond its
-    edge a picture is its own reflection."""
+    """The pictures of a batch: uint8 [N, 3, 32, 32] → [B, 3, 32, 32], channels last. Beyond its edge a
+    picture is its own reflection."""
 
     def reflect(index):  # … 2 1 | 0 1 2 … 31 | 30 29 …
         return (SIDE - 1) - ((SIDE - 1) - index.abs()).abs()
 
-    index = torch.arange(batch.side, device=images.device)
+    index = torch.arange(SIDE, device=images.device)
     rows = reflect(index + batch.top[:, None])
     columns = reflect(torch.where(batch.flip[:, None], index.flip(0), index) + batch.left[:, None])
     picked = images[batch.order[:, None, None], :, rows[:, :, None], columns[:, None, :]]

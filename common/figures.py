@@ -1,6 +1,8 @@
 """Drawing: grids of maps and filters, column charts, curves, a picture beside its pattern."""
 
+import contextlib
 import math
+import socket
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,20 +10,30 @@ from matplotlib.figure import Figure
 from common.cli import UserError, folder
 
 
-def save(figure, out, name):
-    """Writes the figure to `out`/`name` and prints that path. Raises `UserError`."""
-    path = folder(out) / name
+def save(figure, args, name, bars=None):
+    """Writes the figure to the folder --out, prints its path, and shows it on the live page if one is
+    open, there with `bars` (see `Myvisdom.show`) if given. Raises `UserError`."""
+    path = folder(args.out) / name
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): name another folder with --out")
     print(path)
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", args.port), timeout=1):
+        from Myvisdom import show  # imports visdom, which takes a second
+
+        show(args.port, name, path, bars)
 
 
-def show(axes, tensor):
+def show(axes, tensor, **options):
     """Draws uint8 [3, H, W] or float [3, H, W] in 0 … 1 as a picture without ticks."""
-    axes.imshow(tensor.permute(1, 2, 0).cpu().numpy())
+    axes.imshow(tensor.permute(1, 2, 0).cpu().numpy(), **options)
     axes.set(xticks=[], yticks=[])
+
+
+def neutral(pattern):
+    """A pattern of either sign as a picture in 0 … 1: zero at neutral grey, its largest at full strength."""
+    return 0.5 + pattern / (2 * pattern.abs().max().clamp(min=1e-12))
 
 
 def tile(cells, columns, gap):
@@ -106,11 +118,12 @@ def picture_and_pattern(image, feature_map, pattern, title, captions):
     figure = Figure(figsize=(11, 4.3), layout="constrained")
     axes = figure.subplots(1, 3)
     show(axes[0], image)
-    shown = axes[1].imshow(feature_map.detach().cpu().numpy(), cmap="inferno", vmin=0)
+    values = feature_map.detach().cpu().numpy()
+    lowest, highest = min(0, values.min()), max(0, values.max())  # below 0 before a ReLU
+    shown = axes[1].imshow(values, cmap="inferno", vmin=lowest, vmax=highest if lowest < highest else 1)
     axes[1].set(xticks=[], yticks=[])
     figure.colorbar(shown, ax=axes[1], label="activation", shrink=0.75)
-    largest = pattern.abs().max().clamp(min=1e-12)
-    show(axes[2], 0.5 + pattern / (2 * largest))
+    show(axes[2], neutral(pattern))
     for axis, caption in zip(axes, captions):
         axis.set_xlabel(caption)
     figure.suptitle(title)

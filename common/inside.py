@@ -4,12 +4,15 @@ most, and the pattern that a map responded to."""
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from common import checkpoint, cli, data
 from common.cli import UserError
 from MyResnet import ResNet18
+
+REFERENCE = Path(__file__).parent.parent / "weights" / "resnet18_cifar10.pt"
 
 
 class Network(NamedTuple):
@@ -26,11 +29,20 @@ class Network(NamedTuple):
         images = images.view(-1, *images.shape[-3:]).to(self.model.fc.weight.device)
         return data.prepare(images, self.size, self.mean, self.std)
 
+    def normalise(self, image):
+        """float [N, 3, size, size] in 0 … 1 → what the model gets; gradients pass."""
+        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (image - mean) / std
+
 
 def load_network(path, dataset, device):
-    """The network in `path`, or if that is None in runs/<dataset>/weights.pt, on `device`.
-    Raises `UserError`."""
-    path = Path(path or f"runs/{dataset}/weights.pt")
+    """The network in `path`, on `device`; if that is None, the user's own in runs/<dataset>/weights.pt or,
+    without one, the reference network for CIFAR-10. Says which. Raises `UserError`."""
+    if path is None:
+        path = f"runs/{dataset}/weights.pt"
+        if dataset == "cifar10" and not Path(path).exists():
+            path = REFERENCE
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights in {path}: python train.py makes them, --weights names others")
     saved = checkpoint.load(path)
@@ -45,6 +57,7 @@ def load_network(path, dataset, device):
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path} has weights of another network ({detail}): name others with --weights")
     model.to(device, memory_format=cli.memory_format(device))
+    print(f"network: {path}, trained on {saved.get('source')}")
     return network
 
 
@@ -77,9 +90,29 @@ def feature_maps(model, x, *layers):
     return [maps[name] for name in layers]
 
 
+def check_layer(model, layer):
+    """Raises `UserError` unless `layer` is a stage or a module in one, which has feature maps."""
+    names = [name for name, _ in model.named_modules() if name.startswith("conv")]
+    if layer not in names:
+        stages = ", ".join(name for name in names if "." not in name)
+        raise UserError(
+            f"no layer {layer!r} with maps: --layer takes {stages}, or a module as conv3_x.block1.conv2"
+        )
+
+
 def strengths(maps):
     """How strongly each map responds: [1, channels, h, w] → [channels], the mean activation."""
     return maps[0].detach().mean((1, 2))
+
+
+def choose_maps(maps, wanted):
+    """The numbers that `wanted` asks for: "7", "7,43", or "strongest:3". Raises `UserError`."""
+    kind, _, count = wanted.partition(":")
+    if kind == "strongest" and count.isdecimal() and 0 < int(count) <= maps.shape[1]:
+        return strengths(maps).argsort(descending=True)[: int(count)].tolist()
+    if all(number.isdecimal() for number in wanted.split(",")):
+        return [choose_map(maps, int(number)) for number in wanted.split(",")]
+    raise UserError(f"no maps {wanted!r}: --map takes a number, several as 7,43, or strongest:K")
 
 
 def choose_map(maps, number=None):
@@ -91,6 +124,8 @@ def choose_map(maps, number=None):
         raise UserError(f"no map {number} in this layer: --map takes 0 to {maps.shape[1] - 1}")
     return number
 
+
+STAGES = "conv1 conv2_x conv3_x conv4_x conv5_x".split()  # the layers that look at the picture
 
 # How a ReLU passes a gradient back. `ours` is what its derivative makes of it (zero where the ReLU's
 # input was negative), `above` is what came from the layer above.
@@ -108,13 +143,14 @@ METHOD_NAMES = {
 }
 
 
-def reconstruct(model, x, layer, number, method="guided"):
+def reconstruct(model, x, layer, number, method="guided", unit="map"):
     """The pattern in the picture that a feature map responded to, by backpropagation.
 
     The map's own activations go back from `layer` as the gradient, with all other maps at zero, down
-    to the pixels; `method`, a key of RELU_BACKWARD, says what a ReLU does with them on the way. `x` is
-    [1, 3, H, W], normalised; the pattern is [3, H, W], of either sign. Raises `UserError` if there is
-    no such map."""
+    to the pixels; `method`, a key of RELU_BACKWARD, says what a ReLU does with them on the way. With
+    `unit` "max" instead of "map" only the activation at the map's strongest position does (Zeiler,
+    Fergus 2013), with a number only the one at that position of the flattened map. `x` is [1, 3, H, W],
+    normalised; the pattern is [3, H, W], of either sign. Raises `UserError` if there is no such map."""
     rule = RELU_BACKWARD[method]
     x = x.detach().requires_grad_()
     relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
@@ -126,12 +162,51 @@ def reconstruct(model, x, layer, number, method="guided"):
         (maps,) = feature_maps(model, x, layer)
         number = choose_map(maps, number)
         signal = torch.zeros_like(maps)
-        signal[:, number] = maps[:, number].detach()
+        chosen = maps[0, number].detach().flatten()
+        places = slice(None) if unit == "map" else int(chosen.argmax()) if unit == "max" else unit
+        signal[0, number].view(-1)[places] = chosen[places]
         (pattern,) = torch.autograd.grad(maps, x, signal)
     finally:
         for hook in hooks:
             hook.remove()
     return pattern[0]
+
+
+def receptive_field(model, layer):
+    """(size, step) in pixels: the side of the square that a position of `layer`'s maps can see, and how far
+    apart the squares of neighbours are: position (i, j) sees the one around pixel (step · i, step · j).
+    Computed from the kernels and strides on the way: 7 for conv1 up to 435 for conv5_x."""
+    modules = list(model.named_modules())
+    last = max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{layer}."))
+    size = step = 1
+    for name, module in modules[: last + 1]:
+        if "shortcut" not in name and isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            kernel, stride = (v if isinstance(v, int) else v[0] for v in (module.kernel_size, module.stride))
+            size, step = size + (kernel - 1) * step, step * stride
+    return size, step
+
+
+def smallest_box(pattern, share=0.9):
+    """(top, left, bottom, right), the smallest rectangle of pixels with that share of the pattern's energy,
+    the squares of its values [3, H, W]; bottom and right are beyond it."""
+    energy = np.zeros((pattern.shape[1] + 1, pattern.shape[2] + 1))
+    energy[1:, 1:] = pattern.cpu().double().square().sum(0).cumsum(0).cumsum(1)
+    needed = share * energy[-1, -1]
+    best, box = np.inf, (0, 0, *pattern.shape[1:])
+    if not needed:
+        return box
+    lefts = np.arange(energy.shape[1])
+    for top in range(pattern.shape[1]):
+        for bottom in range(top + 1, pattern.shape[1] + 1):
+            columns = energy[bottom] - energy[top]  # up to each column
+            if columns[-1] < needed:
+                continue
+            rights = np.searchsorted(columns, columns + needed * (1 - 1e-12))
+            areas = np.where(rights < len(columns), (rights - lefts) * (bottom - top), np.inf)
+            if areas.min() < best:
+                best, left = areas.min(), areas.argmin()
+                box = top, int(left), bottom, int(rights[left])
+    return box
 
 
 @torch.no_grad()

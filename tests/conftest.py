@@ -1,5 +1,7 @@
 """Small data and a small trained run, made once."""
 
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,13 @@ def pictures(tmp_path_factory):
                 picture[:, :, label % 3] += np.uint8(5 * label)
                 Image.fromarray(picture).save(folder / f"{i:04}.png")
     return root
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import tarfile
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import test_recon_conv1
 import test_recon_conv5
 import train
 from common.data import CIFAR10_CLASSES
+from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
 from MyResnet import ResNet18
 
 
@@ -43,6 +45,23 @@ def things(run, pictures, tmp_path_factory):
     torch.save(saved | {"model": {}}, "nothing.pt")
     torch.save(saved | {"classes": CIFAR10_CLASSES}, "cifar.pt")
     torch.save(torch.zeros(3), "tensor.pt")
+    for path in ("cut", "weights_only", "other", "folder/last.pt", "cut_archive", "labels/train/kitten"):
+        (tmp_path / path).mkdir(parents=True)
+    half = (tmp_path / "run/last.pt").read_bytes()
+    (tmp_path / "cut/last.pt").write_bytes(half[: len(half) // 2])
+    half = (tmp_path / "run/weights.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(half[: len(half) // 2])
+    torch.save(saved, "weights_only/last.pt")
+    last = torch.load("run/last.pt", weights_only=True)
+    torch.save(last | {"model": ResNet18(5).state_dict()}, "other/last.pt")
+    with tarfile.open("cut_archive/cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add("run")
+    half = (tmp_path / "cut_archive/cifar-10-python.tar.gz").read_bytes()
+    (tmp_path / "cut_archive/cifar-10-python.tar.gz").write_bytes(half[: len(half) // 2])
+    (tmp_path / "empty.png").touch()
+    Image.effect_noise((64, 64), 50).save("cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
+    Image.new("1", (20_000, 20_000)).save("bomb.png")
     (tmp_path / "text.jpg").write_text("not a picture")
     Image.new("RGB", (40, 40)).save("fine.png")
     (tmp_path / "file").touch()
@@ -58,6 +77,7 @@ def place(things, monkeypatch):
 
 
 TRAIN = "--dataset digits --epochs 1 --limit 64 --size 32 --no-visdom"
+DIGITS = "--weights run/weights.pt --dataset digits"
 WRONG = [
     (train, "--data nowhere", "no folder nowhere: name the one that has CIFAR-10 with --data"),
     (train, "--data no_cat", "no_cat/test/cat is missing"),
@@ -90,7 +110,7 @@ WRONG = [
     (train, "--resume --out run --epochs 9 --dataset digits", "the run in run has --epochs 2, not 9"),
     (train, "--evaluate --weights nowhere.pt", "no weights in nowhere.pt"),
     (train, "--evaluate --weights run/weights.pt --data good", "other classes than those of cifar10: --data"),
-    (test_filter, "", "no weights in runs/cifar10/weights.pt: python train.py makes them"),
+    (test_filter, "--dataset digits", "no weights in runs/digits/weights.pt: python train.py makes them"),
     (test_filter, "--weights run", "no weights in run"),
     (test_filter, "--weights text.pt", "text.pt is not a checkpoint, or is damaged"),
     (test_filter, "--weights empty.pt", "empty.pt is not a checkpoint, or is damaged"),
@@ -112,7 +132,33 @@ WRONG = [
     (test_recon_conv5, "--weights run/weights.pt --image fine.png --map 512", "--map takes 0 to 511"),
     (test_recon_conv5, "--weights run/weights.pt --image fine.png --map -1", "--map"),
     (test_recon_conv5, "--weights run/weights.pt --method magic", "--method"),
+    (train, f"{TRAIN} --save-every -1", "--save-every: -1 is not 0 or more"),
+    (train, f"{TRAIN} --save-every nan", "--save-every: nan is not 0 or more"),
+    (train, "--resume --out cut --dataset digits", "cut/last.pt is not a checkpoint, or is damaged"),
+    (train, "--resume --out weights_only", "weights_only/last.pt is no checkpoint of a run"),
+    (train, "--resume --out other --dataset digits", "other/last.pt is of another network, or damaged"),
+    (train, "--resume --out folder", "no run to resume in folder"),
+    (train, "--data cut_archive", "cut_archive/cifar-10-python.tar.gz has a wrong checksum"),
+    (train, "--data labels", "the class folder labels/train/airplane is missing: every class needs one"),
+    (train, "--data file", "no folder file"),
+    (train, f"{TRAIN} --out /dev/null/run", "cannot make the folder /dev/null/run"),
+    (train, "--evaluate --weights cut.pt", "cut.pt is not a checkpoint, or is damaged"),
+    (test_filter, "--weights cut.pt", "cut.pt is not a checkpoint, or is damaged"),
+    (test_featuremaps, "--weights run/weights.pt --image empty.png", "empty.png cannot be read as a picture"),
+    (test_featuremaps, "--weights run/weights.pt --image cut.png", "cut.png cannot be read as a picture"),
+    (test_featuremaps, "--weights run/weights.pt --image bomb.png", "bomb.png cannot be read as a picture"),
+    (test_featuremaps, "--weights run/weights.pt --image 0 --data nowhere", "no folder nowhere"),
+    (test_activations, "--weights run/weights.pt --dataset digits --image ²", "no picture ²"),
+    (reconstruct, f"{DIGITS} --layer fc", "no layer 'fc' with maps: --layer takes conv1, conv2_x"),
+    (reconstruct, f"{DIGITS} --map best", "no maps 'best': --map takes a number, several as 7,43"),
+    (reconstruct, f"{DIGITS} --map 512", "--map takes 0 to 511"),
+    (top_pictures, "--weights cifar.pt --data nowhere", "no folder nowhere"),
+    (top_pictures, f"{DIGITS} --layer conv1 --map 64", "--map takes 0 to 63"),
+    (maximize, "--weights run/weights.pt --data good", "are for other classes than those of cifar10"),
+    (gradcam, f"{DIGITS} --class cat", "no class 'cat': --class takes 0, 1"),
+    (sanity_check, f"{DIGITS} --layer top", "--layer"),
     (Myvisdom, "--port 70000", "--port"),
+    (Myvisdom, "--explore --weights nowhere.pt", "no weights in nowhere.pt"),
 ]  # fmt: skip
 
 

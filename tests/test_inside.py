@@ -34,15 +34,23 @@ CAPTUM = {
 
 
 @pytest.mark.filterwarnings("ignore:Setting .* hooks", "ignore:Input Tensor 0")
-@pytest.mark.parametrize("layer", ["conv1", "conv3_x", "conv5_x"])
+@pytest.mark.parametrize("unit", ["map", "max", 3])
+@pytest.mark.parametrize(
+    "layer", ["conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x", "conv3_x.block1.conv2"]
+)
 @pytest.mark.parametrize("method", CAPTUM)
-def test_reconstructions_are_captums(model, x, layer, method):
+def test_reconstructions_are_captums(model, x, layer, method, unit):
     (maps,) = inside.feature_maps(model, x, layer)
-    a0, number = maps.detach(), inside.choose_map(maps)
+    number = inside.choose_map(maps)
+    signal = maps.detach()[:, number].clone()
+    if unit != "map":
+        row, column = divmod(int(signal.argmax()) if unit == "max" else unit, signal.shape[2])
+        signal = torch.zeros_like(signal)
+        signal[0, row, column] = maps.detach()[0, number, row, column]
     expected = CAPTUM[method](model, model.get_submodule(layer)).attribute(
-        x, lambda a: (a[:, number] * a0[:, number]).sum((1, 2))
+        x, lambda a: (a[:, number] * signal).sum((1, 2))
     )[0]
-    pattern = inside.reconstruct(model, x, layer, number, method)
+    pattern = inside.reconstruct(model, x, layer, number, method, unit)
     assert expected.abs().max() > 0
     assert (pattern - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -90,18 +98,64 @@ def test_strongest_map_has_the_highest_mean():
         inside.choose_map(maps, 5)
 
 
-def test_weights_come_back_as_saved(run, tmp_path):
+def test_receptive_fields_are_the_papers_and_hold_the_pattern(model):
+    expected = dict(conv1=(7, 2), conv2_x=(43, 4), conv3_x=(99, 8), conv4_x=(211, 16), conv5_x=(435, 32))
+    x = torch.randn(1, 3, 480, 480, generator=torch.Generator().manual_seed(2))
+    for layer, (size, step) in expected.items():
+        assert inside.receptive_field(model, layer) == (size, step)
+        (maps,) = inside.feature_maps(model, x, layer)
+        place = divmod(int(maps[0, 5].argmax()), maps.shape[3])
+        pattern = inside.reconstruct(model, x, layer, 5, "gradient", "max").abs().amax(0)
+        rows, columns = (torch.nonzero(pattern.amax(axis)).flatten() for axis in (1, 0))
+        for centre, seen in zip(place, (rows, columns)):
+            assert seen.min() >= (low := max(0, step * centre - size // 2))
+            assert seen.max() <= (high := min(479, step * centre + size // 2))
+            assert len(seen) > 0.7 * (high - low) or size > 200  # it fills the field, or nearly
+    assert inside.receptive_field(model, "conv3_x.block1.conv1") == (51, 8)
+
+
+def test_smallest_box_is_the_smallest():
+    torch.manual_seed(0)
+    for _ in range(5):
+        pattern = torch.randn(3, 9, 7) ** 5
+        energy = pattern.square().sum(0)
+        boxes = [
+            (top, left, bottom, right)
+            for top in range(9) for bottom in range(top + 1, 10)
+            for left in range(7) for right in range(left + 1, 8)
+            if energy[top:bottom, left:right].sum() >= 0.9 * energy.sum()
+        ]  # fmt: skip
+        areas = [(bottom - top) * (right - left) for top, left, bottom, right in boxes]
+        top, left, bottom, right = box = inside.smallest_box(pattern)
+        assert box in boxes and (bottom - top) * (right - left) == min(areas)
+    assert inside.smallest_box(torch.zeros(3, 4, 5)) == (0, 0, 4, 5)
+
+
+def test_maps_can_be_named(model, x):
+    (maps,) = inside.feature_maps(model, x, "conv2_x")
+    order = inside.strengths(maps).argsort(descending=True).tolist()
+    assert inside.choose_maps(maps, "strongest:3") == order[:3]
+    assert inside.choose_maps(maps, "7,43") == [7, 43]
+    for wrong in ("64", "strongest:0", "strongest:65", "best", "", "1,,2", "-1"):
+        with pytest.raises(UserError, match="--map takes"):
+            inside.choose_maps(maps, wrong)
+    with pytest.raises(UserError, match="no layer 'conv9' with maps: --layer takes conv1, conv2_x"):
+        inside.check_layer(model, "conv9")
+    with pytest.raises(UserError, match="no layer 'fc' with maps"):
+        inside.check_layer(model, "fc")
+
+
+def test_weights_come_back_as_saved(run):
     network = inside.load_network(run / "weights.pt", "digits", torch.device("cpu"))
     saved = torch.load(run / "weights.pt", weights_only=True)
     assert network.classes == [str(digit) for digit in range(10)] and network.size == 32
+    trained = torch.load(run / "last.pt", weights_only=True)["model"]
     for name, tensor in network.model.state_dict().items():
-        assert torch.equal(tensor, saved["model"][name]), name
+        half = saved["model"][name]
+        assert half.dtype == (torch.float16 if tensor.ndim > 1 else tensor.dtype)
+        assert torch.equal(tensor, half.to(tensor.dtype)), name
+        torch.testing.assert_close(tensor, trained[name], rtol=1e-3, atol=1e-7)
     assert not network.model.training
-    halves = {name: t.half() if t.is_floating_point() else t for name, t in saved["model"].items()}
-    checkpoint.save(saved | {"model": halves}, tmp_path / "half.pt")
-    half = inside.load_network(tmp_path / "half.pt", "digits", torch.device("cpu"))
-    assert half.model.fc.weight.dtype == torch.float32
-    assert torch.equal(half.model.fc.weight, halves["fc.weight"].float())
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """The figure scripts, run as a user runs them, on a small trained network."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import test_activations
@@ -10,7 +13,9 @@ import test_featuremaps
 import test_filter
 import test_recon_conv1
 import test_recon_conv5
+import train
 from common import data, figures, inside
+from MyResnet import to_torchvision
 
 FIGURES = {
     test_filter: [
@@ -67,7 +72,7 @@ def test_a_picture_file_of_the_users(run, tmp_path, capsys):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "mine.jpg")
     flags = ["--weights", str(run / "weights.pt"), "--out", str(tmp_path)]
     test_featuremaps.main([*flags, "--image", str(tmp_path / "mine.jpg")])
-    assert capsys.readouterr().out.startswith("mine.jpg; the network says ")
+    assert "\nmine.jpg; the network says " in capsys.readouterr().out
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
     assert (np.abs(pixels.astype(int) - (254, 0, 0)).max(2) < 3).mean() > 0.4
 
@@ -78,6 +83,27 @@ def test_without_data_a_photograph_is_used(run, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "no CIFAR-10 in data" in printed and "photograph of a flower" in printed
     assert len(list((tmp_path / "figures").iterdir())) == 1
+
+
+def test_without_a_run_the_reference_network_is_used(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    test_filter.main([])
+    assert "weights/resnet18_cifar10.pt, trained on CIFAR-10 as jpg" in capsys.readouterr().out
+    shutil.copytree(run, tmp_path / "runs/cifar10")
+    test_filter.main([])
+    assert "network: runs/cifar10/weights.pt, trained on scikit-learn's" in capsys.readouterr().out
+
+
+def test_reference_network_is_whole_small_and_of_the_default_recipe():
+    assert inside.REFERENCE.stat().st_size < 24e6
+    saved = torch.load(inside.REFERENCE, weights_only=True)
+    assert {"model", "mean", "std", "settings", "accuracy", "source", "classes", "size"} <= saved.keys()
+    assert saved["size"] == 224 and saved["accuracy"] > 0.86 and saved["classes"] == data.CIFAR10_CLASSES
+    recipe = train.RECIPES["fast"]
+    sizes = train.sizes_by_epoch(recipe["sizes"], recipe["epochs"])
+    assert saved["settings"].items() >= (recipe | dict(sizes=sizes)).items()
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.load_state_dict(to_torchvision(saved["model"]))
 
 
 def test_zero_is_drawn_at_neutral_grey_on_a_symmetric_scale():
@@ -118,7 +144,7 @@ def test_each_channel_draws_its_own_filters(run, tmp_path, monkeypatch):
     test_filter.main(["--weights", str(run / "weights.pt"), "--out", str(tmp_path)])
     weights = torch.load(run / "weights.pt", weights_only=True)["model"]["conv1.conv.weight"]
     for channel in range(3):
-        assert torch.equal(drawn[channel], weights[:, channel])
+        assert torch.equal(drawn[channel], weights[:, channel].float())
     assert drawn[3].amin() >= 0 and drawn[3].amax() <= 1
 
 

@@ -15,7 +15,7 @@ SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --de
 
 
 def weights(out):
-    return torch.load(out / "weights.pt", weights_only=True)["model"]
+    return torch.load(out / "last.pt", weights_only=True)["model"]
 
 
 def start(out, *flags):
@@ -110,24 +110,27 @@ def test_holdout_is_the_end_of_the_training_set(monkeypatch):
     assert torch.equal(dataset.train_labels, everything.train_labels[:500])
 
 
-def test_evaluate_prints_what_training_printed(run, capsys):
-    assert not train.main(["--evaluate", "--dataset", "digits", "--out", str(run), "--precision", "fp32"])
+def test_evaluate_prints_what_training_printed(run, tmp_path, capsys):
+    flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--out", str(tmp_path)]
+    assert not train.main(["--evaluate", *flags, "--precision", "fp32"])
     printed = capsys.readouterr().out
     with open(run / "metrics.csv") as file:
         last = list(csv.DictReader(file))[-1]
-    assert f"accuracy {float(last['test_accuracy']):.2%}, loss {float(last['test_loss']):.3f}" in printed
+    accuracy, loss = printed.split("at 32 px: accuracy ")[1].splitlines()[0].split("%, loss ")
+    assert float(accuracy) == pytest.approx(100 * float(last["test_accuracy"]), abs=0.006)
+    assert float(loss) == pytest.approx(float(last["test_loss"]), rel=0.01)  # the weights are rounded
     classes = [line.split() for line in printed.splitlines() if " right, " in line]
     assert [row[0] for row in classes] == [str(digit) for digit in range(10)]
     right, of = (sum(int(row[i]) for row in classes) for i in (1, 3))
     assert of == 360 and right / of == pytest.approx(float(last["test_accuracy"]))
-    assert f"{run}/confusion.png" in printed and (run / "confusion.png").exists()
+    assert f"{tmp_path}/confusion.png" in printed and (tmp_path / "confusion.png").exists()
 
 
 def test_evaluation_is_cross_entropy_and_accuracy_of_all_pictures(run):
     model, images = torch.nn.Flatten(), torch.randint(0, 256, (260, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 3072, (260,))
     settings = dict(mean=(0.0,) * 3, std=(1.0,) * 3, precision="fp32")
-    loss, accuracy = train.evaluate(model, images, labels, 32, settings)
+    loss, accuracy, _ = train.evaluate(model, images, labels, 32, settings)
     logits = (images / 255).flatten(1).double()
     expected = -logits.log_softmax(1)[torch.arange(260), labels].mean()
     assert loss == pytest.approx(float(expected), rel=1e-5)
@@ -231,7 +234,7 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch):
 
 def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        train, "evaluate", lambda model, images, labels, size, *rest: (size / 10, size / 1000)
+        train, "evaluate", lambda model, images, labels, size, *rest: (size / 10, size / 1000, None)
     )
     monkeypatch.setitem(train.RECIPES["fast"], "sizes", {32: 0.75, 40: 0.25})
     flags = "--dataset digits --limit 8 --batch-size 4 --epochs 4 --no-visdom --device cpu --precision fp32"
@@ -268,7 +271,9 @@ def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch):
 
 
 def test_final_accuracies_are_those_of_their_sets(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "evaluate", lambda model, images, labels, *rest: (0.0, len(images) / 1000))
+    monkeypatch.setattr(
+        train, "evaluate", lambda model, images, labels, *rest: (0.0, len(images) / 1000, None)
+    )
     start(tmp_path, "--epochs", "1")
     printed = capsys.readouterr().out
     assert "training set, 200 pictures: 20.00%" in printed and "test set, 360 pictures: 36.00%" in printed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,24 +11,25 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import visdom
 
 import Myvisdom
+import test_activations
+import test_filter
 import train
+from common import visdom_files
 from common.cli import UserError
 
-ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25)
+ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None)
 
 
 @pytest.fixture
-def port(monkeypatch):
+def port(monkeypatch, free_port):
     """A free port; no server that a page starts outlives the test, whatever happens in it."""
     servers, start = [], Myvisdom.start_server
     monkeypatch.setattr(Myvisdom, "start_server", lambda port: servers.append(start(port)) or servers[-1])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    yield port
+    yield free_port
     for server in servers:
         server.kill()
         server.wait()
@@ -53,31 +55,53 @@ def panes(port, env):
     return json.loads(client.get_window_data(env=env))
 
 
-def points(pane):
-    return list(zip(pane["content"]["data"][0]["x"], pane["content"]["data"][0]["y"]))
+def points(pane, trace=0):
+    return list(zip(pane["content"]["data"][trace]["x"], pane["content"]["data"][trace]["y"]))
+
+
+def make(port, name="mine", loss=(2.0, 1.0), **more):
+    """A page and the history that it draws."""
+    count = len(loss)
+    history = dict(loss=list(loss), rate=[0.1] * count, clock=[0.5 * i for i in range(count)], epochs=[])
+    settings = dict(name=name, recipe="<b>fast", sizes=[32, 64], epochs=2, batch_size=10) | more
+    return Myvisdom.Page(history, settings, ["cat", "dog"], 3, port), history
+
+
+def add(history, loss, rate):
+    history["rate"].append(rate), history["clock"].append(history["clock"][-1] + 0.5)
+    history["loss"].append(loss)
 
 
 def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    history = dict(loss=[2.0, 1.0], rate=[0.1, 0.2], epochs=[])
-    page = Myvisdom.Page(history, "mine", {"recipe": "<b>fast"}, port)
-    assert f"http://127.0.0.1:{port}/env/mine" in capsys.readouterr().out
-    drawn = wait_for(lambda: (now := panes(port, "mine")) and "Run" in now and now)
-    assert points(drawn["Train Loss"]) == [(1, 2), (2, 1)]
-    assert points(drawn["Learning Rate"]) == [(1, 0.1), (2, 0.2)]
-    assert "&lt;b&gt;fast" in drawn["Run"]["content"]
+    page, history = make(port)
+    with page:
+        assert f"http://127.0.0.1:{port}/env/mine" in capsys.readouterr().out
+        drawn = wait_for(lambda: (now := panes(port, "mine")) and "Run" in now and now)
+        assert points(drawn["Train Loss"]) == [(1, 2), (2, 1)]
+        assert points(drawn["Learning Rate"]) == [(1, 0.1), (2, 0.1)]
+        assert "&lt;b&gt;fast" in drawn["Run"]["content"] and "running" in drawn["Run"]["content"]
 
-    history["rate"].append(0.3), history["loss"].append(0.5), history["epochs"].append(ROW)
-    drawn = wait_for(lambda: (now := panes(port, "mine")) and "Train Accuracy" in now and now)
-    assert points(drawn["Train Loss"]) == [(1, 2), (2, 1), (3, 0.5)]
-    assert points(drawn["Validation Accuracy"]) == [(1, 25)]
-    assert points(drawn["Train Accuracy"]) == [(1, 50)]
+        add(history, 0.5, 0.3)
+        add(history, 0.4, 0.3)
+        history["epochs"].append(ROW)
+        images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+        logits = torch.tensor([[9.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 0.0]])
+        page.evaluated = images, torch.tensor([0, 0, 0, 1]), logits
+        drawn = wait_for(lambda: (now := panes(port, "mine")) and "Mistakes" in now and now)
+        assert points(drawn["Train Loss"]) == [(1, 2), (2, 1), (3, 0.5), (4, 0.4)]
+        assert points(drawn["Validation Accuracy"]) == [(1, 25)]
+        assert points(drawn["Validation Accuracy"], 1) == [(1, 50)]
+        assert points(drawn["Learning Rate"], 1) == [(1, 32), (2, 32), (3, 32), (4, 64)]  # px
+        assert [y for _, y in points(drawn["Speed"])] == pytest.approx([10 / 0.5] * 3)
+        assert drawn["Confusion"]["content"]["data"][0]["z"] == [[1, 2], [1, 0]]
+        mistakes = drawn["Mistakes"]["content"]
+        assert mistakes.count("<img") == 3 and mistakes.index("cat 99%") < mistakes.index("dog 95%")
 
-    addresses = subprocess.run(["cat", f"/proc/{page.server.pid}/net/tcp"], capture_output=True, text=True)
-    listening = [line.split()[1] for line in addresses.stdout.splitlines() if line.split()[3] == "0A"]
-    assert f"0100007F:{port:04X}" in listening or sys.platform != "linux"
-
-    page.close("finished")
+        local = subprocess.run(["cat", f"/proc/{page.server.pid}/net/tcp"], capture_output=True, text=True)
+        listening = [line.split()[1] for line in local.stdout.splitlines() if line.split()[3] == "0A"]
+        assert f"0100007F:{port:04X}" in listening or sys.platform != "linux"
+        history["epochs"].append(ROW)
     assert page.server.poll() is not None and not Myvisdom.listening(port)
 
     again = subprocess.Popen(
@@ -85,33 +109,146 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
     )
     try:
         drawn = wait_for(lambda: panes(port, "mine"))
-        assert len(points(drawn["Train Loss"])) == 3 and "finished" in drawn["Run"]["content"]
+        assert len(points(drawn["Train Loss"])) == 4 and "finished" in drawn["Run"]["content"]
         assert Myvisdom.main(["--port", str(port)]) is None  # says that it is there already
-        page = Myvisdom.Page(history, "other", {}, port)
-        assert page.server is None  # this one is not the page's to end
-        page.close("finished")
+        page, _ = make(port, "other")
+        with page:
+            assert page.server is None  # this one is not the page's to end
         assert Myvisdom.listening(port)
     finally:
         os.killpg(again.pid, signal.SIGKILL)
         again.wait()
 
 
-def test_server_that_dies_does_not_end_the_run_and_comes_back_whole(port, tmp_path, monkeypatch):
+def test_server_that_dies_comes_back_with_everything(port, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    history = dict(loss=[2.0], rate=[0.1], epochs=[ROW])
-    page = Myvisdom.Page(history, "mine", {}, port)
-    try:
+    page, history = make(port, loss=[2.0])
+    with page:
         wait_for(lambda: panes(port, "mine"))
-        page.server.kill()
-        page.server.wait()
-        history["rate"].append(0.3), history["loss"].append(0.5)
-        time.sleep(3)  # a draw fails
-        page.server = Myvisdom.start_server(port)
+        first = page.server
+        first.kill()
+        first.wait()
+        add(history, 0.5, 0.3)
         drawn = wait_for(lambda: (now := panes(port, "mine")) and "Train Loss" in now and now)
         assert points(drawn["Train Loss"]) == [(1, 2), (2, 0.5)]
+        assert page.server is not first
+    assert not page._thread.is_alive() and not Myvisdom.listening(port)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be stopped there")
+def test_server_that_hangs_holds_nothing_up(port, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page, history = make(port, loss=[2.0])
+    wait_for(lambda: panes(port, "mine"))
+    os.kill(page.server.pid, signal.SIGSTOP)
+    for _ in range(100):
+        add(history, 1.0, 0.1)  # as a run does
+    time.sleep(3)  # a draw hangs
+    began = time.monotonic()
+    page.__exit__(None, None, None)
+    assert time.monotonic() - began < 15
+    assert page.server.poll() is not None  # nothing is left behind
+
+
+def test_server_of_a_killed_run_is_used_by_the_next(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    killed = f"""
+import os, sys, time
+sys.path[:0] = [{str(Path(Myvisdom.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
+import Myvisdom, test_visdom
+page, _ = test_visdom.make({port})
+while not Myvisdom.listening({port}): time.sleep(0.1)
+print(page.server.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    result = subprocess.run([sys.executable, "-c", killed], stdout=subprocess.PIPE, text=True)
+    server = int(result.stdout.split()[-1])
+    try:
+        assert Myvisdom.listening(port)
+        page, _ = make(port, "next", loss=[3.0])
+        with page:
+            assert page.server is None
+            drawn = wait_for(lambda: panes(port, "next"))
+            assert points(drawn["Train Loss"]) == [(1, 3)]
     finally:
-        page.close("finished")
-    assert not page._thread.is_alive()
+        os.kill(server, signal.SIGKILL)
+
+
+def test_files_are_those_that_visdom_would_download(tmp_path, monkeypatch, capsys):
+    wanted = visdom_files.wanted()
+    assert {"js/jquery.min.js", "js/plotly-plotly.min.js", "css/bootstrap.min.css"} <= wanted.keys()
+    assert all(address.startswith("http") for address in wanted.values())
+    index = (visdom_files.STATIC / "index.html").read_text()
+    for name in re.findall(r"js/[\w./-]+\.js", index):
+        assert name in wanted or (visdom_files.STATIC / name).exists(), name
+
+    monkeypatch.setattr(visdom_files, "STATIC", tmp_path)
+    assert visdom_files.missing() == wanted
+    monkeypatch.setattr(visdom_files, "from_the_web", lambda files: {path: b"1234" for path in files})
+    visdom_files.ensure()
+    assert visdom_files.missing() == {}
+    (tmp_path / "js/jquery.min.js").write_bytes(b"12")  # not whole
+    (tmp_path / "js/main.js").unlink(missing_ok=True)
+    assert list(visdom_files.missing()) == ["js/jquery.min.js"]
+    monkeypatch.setattr(visdom, "__version__", "9.9")
+    assert visdom_files.missing().keys() == visdom_files.wanted().keys()
+
+
+def test_without_web_and_npm_one_line_says_so_and_training_goes_on(port, tmp_path, monkeypatch, capsys):
+    def no(files):
+        raise OSError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(visdom_files, "STATIC", tmp_path / "static")
+    monkeypatch.setattr(visdom_files, "from_the_web", no)
+    monkeypatch.setattr(visdom_files, "from_npm", no)
+    page, _ = make(port)
+    with page:
+        wait_for(lambda: panes(port, "mine"))
+        assert page.starts == 0  # none but the first
+    printed = capsys.readouterr().out
+    assert "visdom's page will be blank: neither the web nor npm" in printed and "install npm" in printed
+    assert (
+        len(points(json.loads((tmp_path / "runs/visdom/mine.json").read_text())["jsons"]["Train Loss"])) == 2
+    )
+
+
+def test_packages_are_found_for_every_address():
+    for version in (visdom_files.wanted().values(), OTHER_ADDRESSES):
+        for address in version:
+            package, path = visdom_files.in_a_package(address)
+            assert re.fullmatch(r"[\w.-]+@\d[\d.]*", package) and path and "?" not in path and "#" not in path
+
+
+OTHER_ADDRESSES = ["https://x.y/ajax/libs/mathjax/3.2.2/es5/tex-mml-svg.js", "https://x.y/a-b@1.2.3"]
+
+
+def test_a_server_that_cannot_start_is_tried_few_times(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("no folder")
+    starts, start = [], Myvisdom.start_server
+    monkeypatch.setattr(Myvisdom, "start_server", lambda port: starts.append(port) or start(port))
+    page, history = make(port)
+    with page:
+        wait_for(lambda: len(starts) == 4)
+        time.sleep(6)
+    assert len(starts) == 4
+
+
+def test_figures_are_shown_on_an_open_page(port, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--port", str(port)]
+    test_filter.main(flags)  # no page is open
+    page, _ = make(port)
+    with page:
+        wait_for(lambda: panes(port, "mine"))
+        test_filter.main(flags)
+        test_activations.main(flags)
+        drawn = panes(port, "figures")
+    assert sum(pane["type"] == "image" for pane in drawn.values()) == 4
+    bars = [pane["content"]["data"][0] for pane in drawn.values() if pane["type"] == "plot"]
+    assert sorted(len(trace["y"]) for trace in bars) == [64, 512]
+    assert all(trace["type"] == "bar" and "map %{x}" in trace["hovertemplate"] for trace in bars)
 
 
 def test_port_of_another_program_is_refused(port, tmp_path):
@@ -126,7 +263,8 @@ def test_training_draws_its_page(port, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--dataset digits --limit 128 --epochs 1 --size 32 --device cpu --precision fp32"
     assert not train.main([*flags.split(), "--port", str(port)])
-    saved = json.loads((tmp_path / "runs/visdom/digits.json").read_text())["jsons"]
+    (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")  # with the time it began
+    saved = json.loads(file.read_text())["jsons"]
     assert len(points(saved["Train Loss"])) == len(points(saved["Validation Accuracy"])) == 1
     assert "finished" in saved["Run"]["content"] and "fast" in saved["Run"]["content"]
     assert not Myvisdom.listening(port)

@@ -1,0 +1,106 @@
+"""Kills a small training run with SIGKILL at random moments, resumes it each time, and compares where it
+ends with a run that nothing disturbed: python -m benchmarks.kill_and_resume"""
+
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from common import checkpoint, cli
+
+RUN = (
+    "--dataset digits --limit 512 --batch-size 64 --size 32 --precision fp32 --seed 3 --save-every 0 "
+    "--no-visdom --device cpu"
+)
+
+
+def start(out, epochs, *flags):
+    train = Path(__file__).parent.parent / "train.py"
+    flags = [*RUN.split(), "--epochs", str(epochs), "--out", str(out), *flags]
+    return subprocess.Popen([sys.executable, train, *flags], stdout=subprocess.DEVNULL)
+
+
+def kill_at_random(process, out, random):
+    """Kills the process: one in five while it starts, the others within half a second of its first save.
+    Returns whether it was writing a checkpoint, or None if it had ended before."""
+    leftovers = set(out.glob("*.tmp"))
+    before = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
+    if random.random() < 0.2:
+        time.sleep(random.uniform(0, 4))
+    else:
+        while process.poll() is None:
+            if (out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns != before:
+                break
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.5))
+    if process.poll() is not None:
+        if process.returncode:
+            raise cli.UserError(f"the run failed, with status {process.returncode}")
+        return None
+    process.kill()
+    process.wait()
+    return bool(set(out.glob("*.tmp")) - leftovers)
+
+
+def end_of(out):
+    """What a run ended with, by name; tables as rows, without the seconds that an epoch took."""
+    saved = checkpoint.load(out / "last.pt")
+    momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
+    epochs = [row.rsplit(",", 1)[0] for row in (out / "metrics.csv").read_text().splitlines()]
+    return {
+        "weights": list(saved["model"].values()),
+        "momenta": momenta,
+        "loss.csv": (out / "loss.csv").read_text(),
+        "metrics.csv": epochs,
+        "files": sorted(path.name for path in out.iterdir()),
+    }
+
+
+def equal(one, other):
+    if isinstance(one, list) and isinstance(one[0], torch.Tensor):
+        return len(one) == len(other) and all(map(torch.equal, one, other))
+    return one == other
+
+
+@cli.command
+def main(argv=None):
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--kills", type=cli.number(int, 1), default=30, metavar="N", help="default: 30")
+    add("--epochs", type=cli.number(int, 1), default=40, metavar="N", help="of 8 steps (default: 40)")
+    add("--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the moments (default: 0)")
+    args = parser.parse_args(argv)
+    moments, began = random.Random(args.seed), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        if start(whole, args.epochs).wait():
+            raise cli.UserError("the run that nothing disturbed failed")
+        kills = writing = 0
+        while kills < args.kills:
+            resume = ["--resume"] if (killed / "last.pt").exists() else []
+            process = start(killed, args.epochs, *resume)
+            was_writing = kill_at_random(process, killed, moments)
+            if was_writing is None:
+                raise cli.UserError(f"the run was over after {kills} kills: take more --epochs")
+            kills, writing = kills + 1, writing + was_writing
+            if (killed / "last.pt").exists():
+                iteration = len(checkpoint.load(killed / "last.pt")["history"]["loss"])  # it is whole
+                print(f"kill {kills}: iteration {iteration}{', while saving' * was_writing}", flush=True)
+        if start(killed, args.epochs, "--resume").wait():
+            raise cli.UserError("the last resume failed")
+        end, expected = end_of(killed), end_of(whole)
+    different = [name for name in expected if not equal(end[name], expected[name])]
+    print(
+        f"{kills} kills, {writing} of them while a checkpoint was written, {kills} resumes, "
+        f"{time.time() - began:.0f} s; bit-equal to the undisturbed run: {'no' if different else 'yes'}"
+    )
+    if different:
+        raise cli.UserError(f"these differ: {', '.join(different)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Images a second of training, evaluation and input preparation: the assignment's pipeline as it is usually
+written against train.py's own, in child processes that take turns: python -m benchmarks.throughput"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import train
+from common import cli, data
+from common.run import Run
+from MyResnet import table
+
+BATCH = 128
+
+
+def noise(count):
+    """Pictures of CIFAR-10's shape: uint8 [count, 3, 32, 32], and labels [count]."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+def rate(marks):
+    """The median of images a second between moments that are a batch apart; the first two warm up."""
+    return statistics.median(BATCH / (after - before) for before, after in zip(marks[2:], marks[3:]))
+
+
+class Pictures(torch.utils.data.Dataset):
+    """As torchvision's CIFAR10 hands them out: PIL pictures through a transform."""
+
+    def __init__(self, count, size):
+        images, self.labels = noise(count)
+        self.images = images.permute(0, 2, 3, 1).numpy()
+        normalise = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.transform = transforms.Compose([transforms.Resize(size), transforms.ToTensor(), normalise])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
+
+
+def usual(size, steps, workers, device):
+    """As the assignment is usually written: Resize in a DataLoader, fp32, the default layout, SGD."""
+    loader = DataLoader(Pictures(steps * BATCH, size), BATCH, shuffle=True, num_workers=workers)
+    model = torchvision.models.resnet18(num_classes=10).to(device)
+    criterion = torch.nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(images, labels):
+        optimizer.zero_grad()
+        loss = criterion(model(images.to(device)), labels.to(device))
+        loss.backward()
+        optimizer.step()
+        loss.item()  # for the running loss, as usual
+
+    @torch.no_grad()
+    def evaluate(images, labels):
+        (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
+
+    rates = {}
+    for part, work in (("training", step), ("evaluation", evaluate), ("input", lambda images, labels: None)):
+        model.train(part == "training")
+        marks = [time.perf_counter()]
+        for images, labels in loader:
+            work(images, labels)
+            marks.append(time.perf_counter())
+        rates[part] = rate(marks)
+    return rates
+
+
+def ours(size, steps, workers, device):
+    """train.py's own loop and evaluation."""
+    images, labels = (tensor.to(device) for tensor in noise(steps * BATCH))
+    few = images[:BATCH], labels[:BATCH]
+    dataset = data.Dataset(images, labels, *few, data.CIFAR10_CLASSES, "noise")
+    settings = train.new_settings(train.parse(f"--epochs 1 --size {size}".split()), device)
+    marks = []
+
+    class Timed(Run):
+        def record(self, *result):
+            marks.append(time.perf_counter())
+            super().record(*result)
+
+        def save(self, **options):
+            pass
+
+    with tempfile.TemporaryDirectory() as out:
+        run = Timed(settings, dataset, Path(out), device)
+        train.train(run, dataset, device, None, save_every=60)
+    rates = dict(training=rate(marks[:-1]))  # the last was only read after its step
+    began = time.perf_counter()
+    train.evaluate(run.model, images, labels, size, settings)
+    rates["evaluation"] = len(images) / (time.perf_counter() - began)
+    marks = [time.perf_counter()]
+    for batch in data.plan(len(images), BATCH, 0, 0, settings["shift"], settings["flip"], device):
+        x = data.prepare(data.cropped(images, batch), size, settings["mean"], settings["std"])
+        x[0, 0, 0, 0].item()  # waits for the device
+        marks.append(time.perf_counter())
+    return rates | dict(input=rate(marks))
+
+
+def limits(precision, device):
+    """What the machine can do: (operations a second when it multiplies matrices, bytes a second when it
+    copies)."""
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    matrix = torch.randn(2048, 2048, device=device).to(dtype)
+    block, copy = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)
+
+    def seconds(work):
+        began = time.perf_counter()
+        work().view(-1)[0].item()
+        return time.perf_counter() - began
+
+    product = min(seconds(lambda: matrix @ matrix) for _ in range(12))
+    return 2 * 2048**3 / product, 2 * len(block) / min(seconds(lambda: copy.copy_(block)) for _ in range(12))
+
+
+def peak_memory(device):
+    """The most that this process ever had, in bytes: on a GPU what its tensors took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def child(*values):
+    """Measures in a process of its own, since the allocator's settings are those of a whole process."""
+    command = [sys.executable, "-m", "benchmarks.throughput", "--child", *map(str, values)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise cli.UserError(f"this measurement failed: {' '.join(command[1:])}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@cli.command
+def main(argv=None):
+    parser = cli.parser(__doc__, "device")
+    add, whole = parser.add_argument, cli.number(int, 1)
+    sizes = list(train.RECIPES["fast"]["sizes"])[::-1]
+    add("--sizes", type=cli.number(int, 32, 1024), nargs="+", default=sizes, metavar="PX")
+    add("--steps", type=cli.number(int, 6), default=10, metavar="N", help="of 128 pictures (default: 10)")
+    add("--rounds", type=whole, default=3, metavar="N", help="of every measurement (default: 3)")
+    add("--workers", type=cli.number(int, 0), nargs="+", default=[0, 1, 2], metavar="N",
+        help="of the usual DataLoader; the best is taken (default: 0 1 2)")  # fmt: skip
+    add("--json", default="runs/throughput.json", metavar="FILE", help="default: runs/throughput.json")
+    add("--child", nargs=5, help="what the script starts itself with")
+    args = parser.parse_args(argv)
+    if args.child:
+        pipeline, (size, steps, workers), name = args.child[0], map(int, args.child[1:4]), args.child[4]
+        device = cli.device(name) if pipeline == "ours" else torch.device(name)  # no settings for the usual
+        rates = (ours if pipeline == "ours" else usual)(size, steps, workers, device)
+        return print(json.dumps(rates | dict(memory=peak_memory(device))))
+    device = cli.device(args.device)
+    precision = cli.precision("auto", device)
+    multiplied, copied = limits(precision, device)
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}: multiplies matrices, "
+        f"{precision}, at {multiplied / 1e9:.0f} GFLOP/s; copies at {copied / 1e9:.1f} GB/s"
+    )
+    rows = []
+    for size in args.sizes:
+        tried = {n: child("usual", size, args.steps, n, device) for n in args.workers}
+        workers = max(tried, key=lambda n: tried[n]["training"])
+        results = dict(usual=[tried[workers]], ours=[child("ours", size, args.steps, 0, device)])
+        for _ in range(args.rounds - 1):
+            for pipeline in results:
+                results[pipeline].append(child(pipeline, size, args.steps, workers, device))
+        rows.append(dict(size=size, workers=workers, **results))
+        print(f"\n{size} px{'usual pipeline':>34}{'ours':>24}{'ratio':>9}")
+        middle = {}
+        for part in ("training", "evaluation", "input", "memory"):
+            text = f"  {part:<12}{'peak GB' if part == 'memory' else 'images/s':<10}"
+            for pipeline in ("usual", "ours"):
+                values = [result[part] / (1e9 if part == "memory" else 1) for result in results[pipeline]]
+                middle[pipeline, part] = statistics.median(values)
+                text += f"{middle[pipeline, part]:10.1f} ({min(values):.1f}–{max(values):.1f})".ljust(24)
+            print(f"{text}{middle['ours', part] / middle['usual', part]:6.2f}×")
+        stages = {stage[0]: stage[4] for stage in table(size)}
+        operations = 2 * (3 * stages["total"] - stages["conv1"])  # the pictures need no gradient
+        training = middle["ours", "training"]
+        print(
+            f"  the usual with {workers} workers; ours reaches {training * operations / multiplied:.0%} of "
+            f"the matrix rate, and {training / middle['ours', 'input']:.1%} of its time is input",
+            flush=True,
+        )
+    cli.folder(Path(args.json).parent)
+    machine = dict(precision=precision, multiplied=multiplied, copied=copied)
+    Path(args.json).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
+    print(args.json)
+
+
+if __name__ == "__main__":
+    main()

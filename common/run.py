@@ -1,0 +1,192 @@
+"""A training run on disk: what it consists of, saving it, going on with it, keeping an earlier one.
+
+Its files are last.pt (all that it takes to go on), weights.pt (all that it takes to look inside),
+loss.csv, metrics.csv and their curves."""
+
+import csv
+import itertools
+import math
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from common import checkpoint, cli, figures
+from common.cli import UserError
+from MyResnet import ResNet18
+
+FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png last.pt".split()
+
+
+class Run:
+    """A run as far as it is: `model`, `optimizer`, `scaler`, and in `history` all that happened, per
+    iteration and per epoch (the rows of metrics.csv). The history says how far the run is; together with
+    the seed it says what comes next, so no other state needs to be saved.
+
+    `out` is its folder, `saved` a checkpoint to go on from."""
+
+    def __init__(self, settings, dataset, out, device, saved=None):
+        self.settings, self.out = settings, out
+        self.about = dict(classes=list(dataset.classes), source=dataset.source, settings=settings)
+        self.steps = max(1, len(dataset.train_images) // settings["batch_size"])  # in an epoch
+        torch.manual_seed(settings["seed"])
+        self.model = ResNet18(len(dataset.classes)).to(device, memory_format=cli.memory_format(device))
+        weights = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim == 1]  # of batch norms, and fc's bias
+        self.optimizer = torch.optim.SGD(
+            [dict(params=weights, weight_decay=settings["weight_decay"]), dict(params=others)],
+            lr=settings["lr"],
+            momentum=settings["momentum"],
+            nesterov=settings["nesterov"],
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
+        self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)
+        if saved:
+            try:
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.scaler.load_state_dict(saved["scaler"])
+                self.history = saved["history"]
+            except (KeyError, RuntimeError, TypeError, ValueError):
+                raise UserError(
+                    f"{out / 'last.pt'} is of another network, or damaged: start anew in another --out"
+                )
+        self.kept = self.iteration  # what last.pt holds
+        self.saved_at = time.time()  # history["seconds"], those of the unfinished epoch, are up to then
+        self.mark = time.perf_counter()  # history["clock"], the seconds of training, is up to then
+        self.unsaved = False  # whether the latest save failed
+
+    @property
+    def iteration(self):
+        """How many are done."""
+        return len(self.history["loss"])
+
+    def record(self, loss, accuracy, rate):
+        """Adds an iteration to the history. Raises `UserError` if its loss is not finite."""
+        self._check(
+            math.isfinite(loss), f"the loss is {loss} in iteration {self.iteration + 1}, at rate {rate:.3g}"
+        )
+        now, clock = time.perf_counter(), self.history["clock"]
+        values = dict(rate=rate, accuracy=accuracy, clock=(clock[-1] if clock else 0.0) + now - self.mark)
+        for key, value in (values | dict(loss=loss)).items():
+            self.history[key].append(value)  # the loss last: the live page counts by it
+        self.mark = now
+
+    def _check(self, finite, what):
+        if not finite:
+            raise UserError(
+                f"{what}: the run stops; {self.out / 'last.pt'} has iteration {self.kept}, from before: "
+                "start another with a lower --lr, or with --precision fp32"
+            )
+
+    def end_epoch(self, size, **measured):
+        """Adds an epoch, with what was measured after it, to the history; returns its row."""
+        row = dict(
+            epoch=len(self.history["epochs"]) + 1,
+            iteration=self.iteration,
+            size=size,
+            train_loss=sum(self.history["loss"][-self.steps :]) / self.steps,
+            train_accuracy=sum(self.history["accuracy"][-self.steps :]) / self.steps,
+            **measured,
+            seconds=round(self.history["seconds"] + time.time() - self.saved_at, 1),
+        )
+        self.history["epochs"].append(row)
+        self.history["seconds"], self.saved_at = 0.0, time.time()
+        return row
+
+    def save(self, curves=False, insist=False):
+        """Writes all files, but `curves` only on demand. If that fails it says so and the run can go on, or
+        if it must `insist` it raises `UserError`, as it does before weights that are not finite."""
+        now, history, sizes = time.time(), self.history, self.settings["sizes"]
+        history["seconds"] += now - self.saved_at
+        self.saved_at = now
+        state = self.model.state_dict()
+        finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+        self._check(finite, f"the weights are not finite after iteration {self.iteration}")
+        network = self.about | dict(
+            model=state,
+            mean=self.settings["mean"],
+            std=self.settings["std"],
+            size=sizes[max(0, self.iteration - 1) // self.steps],  # the last it was trained at
+            accuracy=history["epochs"][-1]["test_accuracy"] if history["epochs"] else None,
+        )
+        halves = {name: t.half() if t.ndim > 1 else t for name, t in state.items()}  # not batch norms
+        progress = dict(
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), history=history
+        )
+        try:
+            checkpoint.save(network | progress, self.out / "last.pt")
+            self.kept = self.iteration
+            if self.iteration:
+                checkpoint.save(network | dict(model=halves), self.out / "weights.pt")
+            self._write_tables()
+            if curves:
+                self._draw_curves()
+            self.unsaved = False
+        except (UserError, OSError) as error:
+            self.unsaved = True
+            message = f"{error}; {self.out / 'last.pt'} has iteration {self.kept}"
+            if insist:
+                raise UserError(message)
+            tqdm.write(f"{message}; training goes on, and the next save tries again", file=sys.stderr)
+
+    def _write_tables(self):
+        history = self.history
+        with open(self.out / "loss.csv", "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["iteration", "loss", "accuracy", "rate"])
+            columns = history["loss"], history["accuracy"], history["rate"]
+            rows.writerows([i, *(f"{value:.6g}" for value in row)] for i, row in enumerate(zip(*columns), 1))
+        if history["epochs"]:
+            with open(self.out / "metrics.csv", "w", newline="") as file:
+                rows = csv.DictWriter(file, list(history["epochs"][0]))
+                rows.writeheader()
+                rows.writerows(history["epochs"])
+
+    def _draw_curves(self):
+        """Figures 6.1 and 6.2."""
+        title = f"ResNet-18, {self.settings['dataset']}, recipe {self.settings['recipe']}"
+        if epochs := self.history["epochs"]:
+            figure = figures.accuracy_curve(epochs, self.settings["sizes"][-1], title)
+            figure.savefig(self.out / "accuracy.png", dpi=110)
+        figures.loss_curve(self.history["loss"], title).savefig(self.out / "loss.png", dpi=110)
+
+
+def set_aside(out):
+    """Moves a run that is in the folder `out` already to a new folder in it: nothing is overwritten."""
+    old = [out / name for name in FILES if (out / name).exists()]  # last.pt last: till then it can go on
+    if out / "last.pt" in old or out / "weights.pt" in old:
+        aside = next(out / f"earlier-{n}" for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        print(f"the run that was in {out} is now in {aside}")
+
+
+def resumed(args):
+    """The checkpoint of the run in --out. Raises `UserError` where there is none, or where the flags
+    ask for another run than that."""
+    path = args.out / "last.pt"
+    if not path.is_file():
+        raise UserError(f"no run to resume in {args.out}: --out names the folder of one")
+    saved = checkpoint.load(path)
+    if not isinstance(saved, dict) or not {"optimizer", "settings"} <= saved.keys():
+        raise UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
+    settings = saved["settings"]
+    for flag in "dataset recipe epochs batch_size size lr seed precision limit holdout".split():
+        asked, was = getattr(args, flag), settings["sizes" if flag == "size" else flag]
+        if flag == "size":
+            was = was[0] if len(set(was)) == 1 else "by its recipe"
+        if asked not in (None, "auto", was):
+            raise UserError(
+                f"the run in {args.out} has --{flag.replace('_', '-')} {was}, not {asked}: resume it with "
+                "that, or start another with --out"
+            )
+    return saved
+
+
+def schedule(sizes):
+    """[96, 96, 224] → "96 px for 2, 224 px for 1" """
+    runs = [(size, len(list(group))) for size, group in itertools.groupby(sizes)]
+    return ", ".join(f"{size} px for {count}" for size, count in runs)

@@ -1,0 +1,1 @@
+"""What goes beyond the report, one technique a file."""

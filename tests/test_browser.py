@@ -1,0 +1,127 @@
+"""The live page in a real browser, headless Chromium: what the user sees."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import data, inside, visdom_files
+from common.cli import UserError
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+FLAGS += "--disable-background-networking --disable-component-update"
+ROOT = Path(__file__).parent.parent
+SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", "figures/screenshots"))
+PANES = """() => Object.fromEntries([...document.querySelectorAll('.window')].map(pane => [
+    pane.querySelector('.pull-right').innerText.trim(),
+    [...pane.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data).map(trace => trace.y.length),
+]))"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine")
+    try:
+        visdom_files.ensure()
+    except UserError as error:
+        pytest.skip(str(error))
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A window of 1280×800 in which no error may happen."""
+    page, errors = browser.new_page(viewport=dict(width=1280, height=800)), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    yield page
+    page.close()
+    assert not errors
+
+
+@pytest.fixture
+def start(tmp_path, free_port):
+    """Starts a script there, and gives the address that it prints; ends it with Ctrl-C."""
+    processes = []
+
+    def run(*flags):
+        command = [sys.executable, "-u", *map(str, flags), "--port", str(free_port)]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        processes.append(process)
+        for line in process.stdout:
+            if "http://127.0.0.1" in line:
+                return next(word for word in line.split() if word.startswith("http"))
+        pytest.fail("no address was printed")
+
+    yield run
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def screenshot(page, name):
+    path = ROOT / SCREENSHOTS
+    path.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=path / f"{name}.png")
+
+
+def test_training_page_has_every_pane_and_grows(page, start):
+    flags = "--dataset digits --limit 512 --batch-size 32 --size 32 --epochs 40 --device cpu --precision fp32"
+    page.goto(start(ROOT / "train.py", *flags.split()))
+    curves = {"Train Loss", "Validation Accuracy", "Learning Rate", "Speed"}
+    wanted = curves | {"Run", "Confusion", "Most wrongly sure"}
+    page.wait_for_function(
+        f"() => document.querySelectorAll('.window').length >= {len(wanted)}", timeout=60_000
+    )
+    first = page.evaluate(PANES)
+    assert wanted == first.keys()
+    assert all(count > 0 for title in curves for count in first[title] if title != "Validation Accuracy")
+    page.wait_for_timeout(5_000)
+    later = page.evaluate(PANES)
+    assert later["Train Loss"][0] > first["Train Loss"][0] > 0
+    assert later["Validation Accuracy"][0] > first["Validation Accuracy"][0]
+    for name in wanted:  # on the screen, without scrolling or dragging
+        box = page.locator(".window", has=page.get_by_text(name, exact=True)).first.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 1280 and box["y"] + box["height"] <= 800, name
+    screenshot(page, "training")
+
+
+def test_click_on_a_map_draws_its_reconstruction(page, start, run):
+    weights = run / "weights.pt"
+    page.goto(start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights))
+    page.wait_for_function("() => document.querySelectorAll('.window').length >= 6", timeout=60_000)
+    grid = page.locator(".window", has=page.get_by_text("The 512 maps of conv5_x: click one", exact=True))
+    image = grid.locator("img").first
+    box = image.bounding_box()
+    cell = box["width"] / 23  # 23 columns of 512 maps
+    image.click(position=dict(x=5.5 * cell, y=2.5 * cell))
+    number = 2 * 23 + 5
+    page.get_by_text(f"what map {number} of conv5_x responded to").wait_for(timeout=10_000)
+    shown = page.evaluate(
+        """() => { const pane = [...document.querySelectorAll('.window')].find(
+            pane => pane.querySelector('.pull-right').innerText.trim() == 'Pattern');
+            const image = pane.querySelector('img'), canvas = document.createElement('canvas');
+            canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+            const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
+            return [...context.getImageData(0, 0, canvas.width, canvas.height).data]; }"""
+    )
+    network = inside.load_network(weights, "digits", torch.device("cpu"))
+    x = network.prepare(data.load("digits", "").test_images[0])
+    expected = inside.reconstruct(network.model, x, "conv5_x", number)
+    expected = 127.5 + 127.5 * expected / expected.abs().max().clamp(min=1e-12)
+    shown = torch.tensor(shown).view(network.size, network.size, 4)[..., :3].permute(2, 0, 1)
+    assert (shown - expected).abs().max() <= 2
+    screenshot(page, "explore")

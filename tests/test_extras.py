@@ -1,0 +1,183 @@
+"""What goes beyond the report, each against an independent reference."""
+
+import re
+
+import captum.attr
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import data, inside
+from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
+
+
+@pytest.fixture(scope="module")
+def network(run):
+    return inside.load_network(run / "weights.pt", "digits", torch.device("cpu"))
+
+
+@pytest.fixture
+def flags(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return ["--dataset", "digits", "--weights", str(run / "weights.pt")]
+
+
+def drawn(tmp_path, name):
+    pixels = np.asarray(Image.open(tmp_path / "figures" / name).convert("L"))
+    assert min(pixels.shape) > 300 and pixels.std() > 10
+    return pixels
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_gradcam_is_captums(network, number):
+    x = network.prepare(data.load("digits", "").test_images[5])
+    layer = network.model.conv5_x
+    expected = captum.attr.LayerGradCam(network.model, layer).attribute(x, number, relu_attributions=True)[
+        0, 0
+    ]
+    ours = gradcam.gradcam(network.model, x, number)
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1e-6)
+
+
+def test_gradcam_draws_the_classes_that_are_named(flags, tmp_path, capsys):
+    gradcam.main([*flags, "--image", "3", "--class", "4"])
+    drawn(tmp_path, "gradcam.png")
+    with pytest.raises(SystemExit):
+        gradcam.main([*flags, "--class", "cat"])
+    assert "no class 'cat': --class takes 0, 1, 2" in capsys.readouterr().err
+
+
+def test_any_layer_and_maps_are_reconstructed(flags, tmp_path):
+    reconstruct.main([*flags, "--layer", "conv3_x.block1.conv2", "--map", "strongest:2", "--unit", "max"])
+    names = [path.name for path in (tmp_path / "figures").iterdir()]
+    assert len(names) == 2 and all(name.endswith("_guided_max.png") for name in names)
+    reconstruct.main([*flags, "--layer", "conv2_x", "--map", "1,2", "--method", "deconvnet"])
+    drawn(tmp_path, "recon_conv2_x_map1_deconvnet.png")
+    drawn(tmp_path, "recon_conv2_x_map2_deconvnet.png")
+
+
+def test_top_pictures_are_the_strongest(network):
+    images = data.load("digits", "").test_images[:57]
+    found = top_pictures.strongest(network, images, batch=10)
+    for stage in inside.STAGES:
+        with torch.no_grad():
+            (maps,) = inside.feature_maps(network.model, network.prepare(images), stage)
+        values, pictures, positions, means = found[stage]
+        peaks = maps.flatten(2).amax(2)
+        torch.testing.assert_close(values, peaks.topk(9, dim=0).values.T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(means, maps.mean((2, 3)).amax(0), rtol=1e-4, atol=1e-5)
+        at = maps.flatten(2)[pictures, torch.arange(len(values))[:, None], positions]
+        torch.testing.assert_close(values, at, rtol=1e-4, atol=1e-5)
+
+
+def test_top_pictures_are_remembered_for_the_same_network_and_pictures(network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls, real = [], top_pictures.strongest
+    monkeypatch.setattr(top_pictures, "strongest", lambda *args: calls.append(1) or real(*args))
+    images = data.load("digits", "").test_images[:12]
+    first = top_pictures.remembered(network, images)
+    again = top_pictures.remembered(network, images)
+    assert len(calls) == 1 and torch.equal(first["conv4_x"][0], again["conv4_x"][0])
+    top_pictures.remembered(network, images.flip(3))
+    assert len(calls) == 2
+    other = network._replace(model=sanity_check.randomised(network.model, ["conv1"]))
+    top_pictures.remembered(other, images.flip(3))
+    assert len(calls) == 3
+    for path in top_pictures.CACHE.iterdir():
+        path.write_bytes(b"rubbish")
+    top_pictures.remembered(network, images)
+    assert len(calls) == 4
+
+
+def test_crop_is_the_receptive_field_within_the_picture():
+    assert top_pictures.crop_box(0, 112, 7, 2, 224) == (0, 0, 4, 4)
+    assert top_pictures.crop_box(112 * 10 + 20, 112, 7, 2, 224) == (17, 37, 24, 44)
+    assert top_pictures.crop_box(48, 7, 435, 32, 224) == (0, 0, 224, 224)
+
+
+def test_top_pictures_are_drawn_where_they_respond(flags, tmp_path, monkeypatch):
+    drawn_places, real = [], top_pictures.nine_and_nine
+    monkeypatch.setattr(top_pictures, "nine_and_nine", lambda *args: drawn_places.append(args) or real(*args))
+    top_pictures.main([*flags, "--layer", "conv1", "--map", "1,5"])
+    drawn(tmp_path, "top_pictures_conv1_map1.png")
+    drawn(tmp_path, "top_pictures_conv1_map5.png")
+    assert [args[2] for args in drawn_places] == [1, 5]
+    for places, values, _, _ in drawn_places:
+        assert len(places) == 9 and values.tolist() == sorted(values.tolist(), reverse=True)
+        for crop, pattern, name in places:
+            assert crop.shape == pattern.shape and max(crop.shape[1:]) <= 7 and name.isdigit()
+            assert pattern.max() > 0.99 or pattern.min() < 0.01  # its strongest point is in the crop
+
+
+def test_close_up_frames_the_box():
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    figure = reconstruct.close_up(picture, torch.zeros(3, 64, 64), (10, 20, 30, 50), "", "", "")
+    frame = figure.axes[0].patches[0]
+    assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (19.5, 9.5, 30, 20)
+    for axis in figure.axes[1:]:
+        assert axis.get_xlim() == (19.5, 49.5) and axis.get_ylim() == (29.5, 9.5)
+
+
+def test_maximize_finds_more_than_any_test_picture(network):
+    images = data.load("digits", "").test_images
+    best = top_pictures.strongest(network, images)["conv3_x"][3]
+    number = int(best.argsort()[len(best) // 2])
+    picture, activation = maximize.maximize(network, "conv3_x", number, steps=60)
+    assert activation > best[number] > 0
+    assert picture.shape == (3, 32, 32) and 0 <= picture.min() and picture.max() <= 1
+    again, _ = maximize.maximize(network, "conv3_x", number, steps=60)
+    assert torch.equal(picture, again)
+    other, _ = maximize.maximize(network, "conv3_x", number, steps=60, seed=1)
+    assert not torch.allclose(picture, other, atol=0.05)
+
+
+def test_maximize_wakes_a_silent_map(network):
+    bn = network.model.conv3_x.block2.bn2
+    before = bn.bias[0].item()
+    with torch.no_grad():
+        start = maximize.picture_of(maximize.noise(32, 0))
+        (maps,) = inside.feature_maps(network.model, network.normalise(start), "conv3_x")
+        bn.bias[0] -= maps[0, 0].max() + 0.05
+        assert maximize.mean_activation(network, start, "conv3_x", 0) == 0
+    try:
+        assert maximize.maximize(network, "conv3_x", 0, steps=100)[1] > 0
+    finally:
+        with torch.no_grad():
+            bn.bias[0] = before
+
+
+def test_maximize_draws_and_compares(flags, tmp_path, capsys):
+    maximize.main([*flags, "--layer", "conv2_x", "--map", "3", "--steps", "5"])
+    drawn(tmp_path, "maximize_conv2_x_map3.png")
+    assert "the best test picture has" in capsys.readouterr().out
+
+
+def test_stages_are_randomised_from_the_top(network):
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    other = sanity_check.randomised(network.model, ["conv5_x", "conv4_x"]).state_dict()
+    for name, tensor in network.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        if name.endswith("conv1.weight"):
+            assert torch.equal(other[name], tensor) != name.startswith(("conv5_x", "conv4_x"))
+
+
+def test_similarity_is_one_for_the_same_and_low_for_another():
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 3, 32, 32)
+    assert sanity_check.similarity(one, one) == (pytest.approx(1), pytest.approx(1))
+    assert sanity_check.similarity(one, -one) == (pytest.approx(1), pytest.approx(1))  # magnitudes
+    assert max(map(abs, sanity_check.similarity(one, other))) < 0.3
+
+
+@pytest.mark.parametrize("layer, count", [("conv5_x", 5), ("conv2_x", 2)])
+def test_sanity_check_draws_and_prints_every_network(flags, tmp_path, capsys, layer, count):
+    sanity_check.main([*flags, "--layer", layer])
+    (path,) = (tmp_path / "figures").glob(f"sanity_{layer}_map*.png")
+    drawn(tmp_path, path.name)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rank correlation" in line]
+    assert [line.split(",")[0] for line in lines] == ["gradient", "deconvnet", "guided"]
+    for line in lines:
+        numbers = [float(number) for number in re.findall(r" (-?\d\.\d\d)", line)]
+        assert len(numbers) == 2 * count and all(-1 <= number <= 1 for number in numbers)
+        assert min(numbers) < 0.99 and f"{layer} randomised" in line and "and conv1" in line

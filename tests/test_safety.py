@@ -1,0 +1,236 @@
+"""Whatever happens to a run, it is finished or can go on; and what is read runs nothing."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import test_filter
+import train
+from benchmarks import kill_and_resume
+from common import data
+from common.run import set_aside
+
+SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
+STEPS = 3  # in an epoch of it
+
+
+def start(out, *flags):
+    return train.main([*SMALL.split(), "--out", str(out), *flags])
+
+
+def last(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def same_end(one, other):
+    one, other = last(one), last(other)
+    assert one["history"]["loss"] == other["history"]["loss"]
+    return all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Makes something happen when a step, counted from 1 in this process, begins."""
+
+    def arrange(happenings):
+        count, real = iter(range(1, 1000)), data.cropped
+
+        def cropped(images, batch):
+            happenings.get(next(count), lambda: None)()
+            return real(images, batch)
+
+        monkeypatch.setattr(data, "cropped", cropped)
+
+    return arrange
+
+
+def test_killed_anywhere_it_ends_as_if_nothing_had_been(capfd):
+    kill_and_resume.main(["--kills", "3", "--epochs", "5", "--seed", "1"])
+    assert "3 kills" in (printed := capfd.readouterr().out)
+    assert "bit-equal to the undisturbed run: yes" in printed
+
+
+def test_kill_harness_notices_a_difference(tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        start(tmp_path / name, "--epochs", "1", "--seed", seed)
+    a, b, c = (kill_and_resume.end_of(tmp_path / name) for name in "abc")
+    assert all(kill_and_resume.equal(a[key], b[key]) for key in a)
+    assert [key for key in a if not kill_and_resume.equal(a[key], c[key])] == [
+        "weights",
+        "momenta",
+        "loss.csv",
+        "metrics.csv",
+    ]
+
+
+def test_it_saves_within_an_epoch_too(tmp_path, at_step):
+    kept = []
+    at_step({step: lambda: kept.append(len(last(tmp_path)["history"]["loss"])) for step in (1, 2, 3, 4)})
+    start(tmp_path, "--epochs", "2", "--save-every", "0")
+    assert kept == [0, 1, 2, 3]
+    kept.clear()
+    at_step({step: lambda: kept.append(len(last(tmp_path)["history"]["loss"])) for step in (1, 2, 3, 4)})
+    start(tmp_path, "--epochs", "2")
+    assert kept == [0, 0, 0, 3]  # after the epoch only: five minutes are not over
+
+
+def test_second_interrupt_stops_at_once(tmp_path, at_step, capsys):
+    start(tmp_path / "whole", "--epochs", "2")
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    at_step({5: twice})
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path / "cut", "--epochs", "2")
+    assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    assert len(last(tmp_path / "cut")["history"]["loss"]) == STEPS
+    at_step({})
+    start(tmp_path / "cut", "--resume")
+    assert same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that is full while disk["full"] is true."""
+    state, real = dict(full=False), os.fsync
+
+    def fsync(file):
+        if state["full"]:
+            raise OSError(28, "No space left on device")
+        return real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return state
+
+
+def test_disk_that_is_full_for_a_while(tmp_path, at_step, disk, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    start(whole, "--epochs", "3")
+    kept = []
+
+    def full():
+        disk["full"] = True
+
+    def empty():
+        disk["full"] = False
+        kept.append(len(last(out)["history"]["loss"]))
+
+    at_step({5: full, 8: empty})  # so the save after the second epoch fails
+    capsys.readouterr()
+    assert not start(out, "--epochs", "3")
+    message = capsys.readouterr().err
+    assert f"cannot write {out}/last.pt (No space left on device)" in message
+    assert f"{out}/last.pt has iteration 3; training goes on" in message
+    assert kept == [3] and same_end(whole, out)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_disk_that_stays_full_ends_with_an_error_and_can_go_on(tmp_path, at_step, disk, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    start(whole, "--epochs", "2")
+    at_step({5: lambda: disk.update(full=True)})
+    with pytest.raises(SystemExit) as stop:
+        start(out, "--epochs", "2")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: cannot write {out}/last.pt") and error.endswith(
+        "last.pt has iteration 3"
+    )
+    disk["full"] = False
+    assert not start(out, "--resume")
+    assert same_end(whole, out)
+
+
+def test_disk_that_is_full_from_the_start_is_said_before_training(tmp_path, at_step, disk, capsys):
+    at_step({1: lambda: pytest.fail("trained")})
+    disk["full"] = True
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "--epochs", "1")
+    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "--epochs", "9", "--lr", "1e30", "--save-every", "0")
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    kept = len(last(tmp_path)["history"]["loss"])
+    assert "not finite" in message or "the loss is" in message
+    assert "at rate" in message or "after iteration" in message
+    assert f"{tmp_path}/last.pt has iteration {kept}, from before" in message and "lower --lr" in message
+    assert all(tensor.isfinite().all() for tensor in last(tmp_path)["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys):
+    """The last step before a save: its loss still is that of the weights before it."""
+    steps, real = [], torch.optim.SGD.step
+
+    def step(self, *args):
+        real(self, *args)
+        steps.append(1)
+        if len(steps) == 2 * STEPS:
+            self.param_groups[0]["params"][0].data[0, 0, 0, 0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(SystemExit) as stop:
+        start(tmp_path, "--epochs", "3")
+    assert stop.value.code == 2
+    assert "weights are not finite after iteration 6: the run stops" in capsys.readouterr().err
+    saved = last(tmp_path)
+    assert len(saved["history"]["loss"]) == STEPS
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+class Malicious:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_malicious_pickles_run_nothing(tmp_path, pictures, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("weights.pt", "run/last.pt", "data/decoded.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({"model": Malicious(tmp_path / "harm")}, name)
+    for script, flags in (
+        (test_filter, "--weights weights.pt"),
+        (train, "--evaluate --weights weights.pt"),
+        (train, "--resume --out run"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            script.main(flags.split())
+        assert stop.value.code == 2
+        assert "is not a checkpoint, or is damaged" in capsys.readouterr().err
+    for split in ("train", "test"):
+        os.symlink(pictures / split, tmp_path / "data" / split)
+    assert len(data.load("cifar10", "data").train_images) == 60  # decoded again
+    assert not (tmp_path / "harm").exists()
+    torch.load("run/last.pt", weights_only=False)  # it would have
+    assert (tmp_path / "harm").exists()
+
+
+def test_earlier_run_is_whole_when_moving_it_is_cut_off(run, tmp_path, monkeypatch):
+    """The checkpoint is moved last: until then the run goes on where it was."""
+    moved = []
+    monkeypatch.setattr(type(tmp_path), "rename", lambda path, to: moved.append(path.name))
+    out = tmp_path / "run"
+    out.mkdir()
+    for path in run.iterdir():
+        (out / path.name).touch()
+    set_aside(out)
+    assert moved[-1] == "last.pt" and "weights.pt" in moved
+
+
+def test_leftovers_of_a_killed_save_go_at_the_next_start(tmp_path):
+    (tmp_path / "last.pt.123.tmp").write_bytes(b"half")
+    start(tmp_path, "--epochs", "1")
+    assert not list(tmp_path.glob("*.tmp"))
