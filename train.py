@@ -23,9 +23,9 @@ from Myvisdom import Page, listening
 
 RECIPES = {
     "fast": dict(
-        epochs=12,  # passes over the training set
+        epochs=15,  # passes over the training set
         batch_size=128,  # pictures a step
-        sizes={96: 0.42, 128: 0.25, 160: 0.17, 192: 0.08, 224: 0.08},  # px: share of the epochs
+        sizes={96: 0.33, 128: 0.34, 160: 0.2, 224: 0.13},  # px: share of the epochs
         lr=0.1,  # peak of the one-cycle rate
         warmup=0.2,  # share of the run in which the rate rises to its peak; then it falls to 0
         momentum=0.9,  # of SGD
@@ -61,7 +61,7 @@ def parse(argv):
     parser = cli.parser(__doc__, "data", "dataset", "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
     add("--recipe", choices=list(RECIPES), help="default: fast")
-    add("--epochs", type=whole, metavar="N", help="default: 12; recipe assignment: 25")
+    add("--epochs", type=whole, metavar="N", help="default: 15; recipe assignment: 25")
     add("--batch-size", type=cli.number(int, 2), metavar="N", help="default: 128")
     add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
