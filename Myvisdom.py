@@ -101,7 +101,7 @@ def connect(port, environment, **options):
     return _Client(server, port=port, env=environment, raise_exceptions=True, **options)
 
 
-def draw(client, title, traces, x="", y="", size=(418, 350), **layout):
+def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
     """A pane of plotly traces, called `title`."""
     layout = dict(margin=dict(l=52, r=14, t=10, b=40), showlegend=len(traces) > 1) | layout
     layout["legend"] = dict(orientation="h", x=0, y=1.12)
@@ -225,11 +225,11 @@ class Page:
         size = line(x[::every], sizes[::every], "picture size, px", yaxis="y2", line=dict(color="#8d99ae"))
         right = dict(overlaying="y", side="right", rangemode="tozero", showgrid=False)
         draw(
-            self._client, "Learning Rate", [rate, size], "iteration", size=(312, 300), yaxis2=right,
+            self._client, "Learning Rate", [rate, size], "iteration", size=(290, 335), yaxis2=right,
             margin=dict(l=52, r=40, t=10, b=40),
         )  # fmt: skip
         draw(
-            self._client, "Speed", [line(x[::some][1:], speed, "")], "iteration", "images/s", (312, 300),
+            self._client, "Speed", [line(x[::some][1:], speed, "")], "iteration", "images/s", (240, 335),
             yaxis=dict(rangemode="tozero"),
         )  # fmt: skip
 
@@ -266,7 +266,7 @@ class Page:
             f"<tr><td><b>{html.escape(key)}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
             for key, value in (progress | self.settings | {"sizes": schedule(self.settings["sizes"])}).items()
         )
-        opts = dict(title="Run", width=400, height=350)
+        opts = dict(title="Run", width=290, height=335)
         self._client.text(f"<table style='font-size:12px'>{cells}</table>", win="Run", opts=opts)
 
     def _draw_confusion(self, labels, logits):
@@ -277,7 +277,7 @@ class Page:
             hovertemplate="%{z} pictures: %{y}, taken for %{x}<extra></extra>",
         )  # fmt: skip
         draw(
-            self._client, "Confusion", [trace], "the network says", "", (312, 300),
+            self._client, "Confusion", [trace], "the network says", "", (330, 335),
             yaxis=dict(autorange="reversed", tickfont=dict(size=9)), xaxis=dict(tickfont=dict(size=9)),
             margin=dict(l=66, r=6, t=6, b=70),
         )  # fmt: skip
@@ -285,7 +285,7 @@ class Page:
     def _draw_mistakes(self, images, labels, logits):
         """The test pictures that the network is most wrongly sure about."""
         sure, said = logits.softmax(1).max(1)
-        worst = torch.where(said == labels, 0.0, sure).topk(min(12, len(labels))).indices
+        worst = torch.where(said == labels, 0.0, sure).topk(min(21, len(labels))).indices
         cells = "".join(
             f"<div style='display:inline-block;width:68px;margin:2px;font-size:9px;line-height:1.1'>"
             f"<img src='{png(images[i])}' style='width:64px;image-rendering:pixelated'><br>"
@@ -293,7 +293,7 @@ class Page:
             for i in worst.tolist()
             if said[i] != labels[i]
         )
-        self._client.text(cells, win="Mistakes", opts=dict(title="Most wrongly sure", width=312, height=300))
+        self._client.text(cells, win="Mistakes", opts=dict(title="Most wrongly sure", width=510, height=335))
 
 
 def show(port, name, file, bars=None):

@@ -12,7 +12,7 @@ from Myvisdom import address, connect, draw, end_server, listening, png, start_s
 
 LAYERS = inside.STAGES
 METHODS = list(inside.RELU_BACKWARD)
-SIDE = 600  # pixels of the grid of maps
+SIDE = 480  # pixels of the grid of maps, about
 
 
 class Explorer:
@@ -44,9 +44,9 @@ class Explorer:
         place = event.get("image_coord") or {}
         if event["event_type"] != "Click" or place.get("x") is None:
             return
-        column, row = (int(place[axis]) // self.cell for axis in "xy")
+        column, row = int(place["x"] // self.cell), int((place["y"] - self.above) // self.cell)
         chosen = row * self.columns + column
-        if 0 <= column < self.columns and 0 <= chosen < self.maps.shape[1]:
+        if column < self.columns and 0 <= chosen < self.maps.shape[1]:
             self.show_map(chosen)
 
     def look(self):
@@ -58,7 +58,7 @@ class Explorer:
                 dict(type="select", name="method", value=METHODS.index(self.method), values=METHODS),
             ],
             win="Choose",
-            opts=dict(title="Choose", width=300, height=150),
+            opts=dict(title="Choose", width=280, height=150),
         )
         self.x = self.network.prepare(self.images[self.number])
         with torch.no_grad():
@@ -85,22 +85,26 @@ class Explorer:
         coloured = matplotlib.colormaps["inferno"](sheet.cpu().numpy())[..., :3]
         title = f"The {count} maps of {self.layer}: click one"
         side = sheet.shape[0]
-        opts = dict(title=title, width=side + 20, height=side + 45)
+        # visdom makes panes a multiple of 15 px less 10 high, with 15 px of title, and centres the picture
+        # as if there were none
+        height = 15 * math.ceil((side + 60) / 15) - 10
+        self.above = (height - side) / 2
+        opts = dict(title=title, width=side, height=height - 15)
         self.client.image(coloured.transpose(2, 0, 1), win="Maps", opts=opts)
 
     def show_map(self, chosen):
         """The map, its column in the chart, and the pattern that it responded to."""
-        strengths = inside.strengths(self.maps).cpu()
-        colours = ["#e4572e" if i == chosen else "#4c78a8" for i in range(len(strengths))]
-        hover = "map %{x}: %{y:.4f}<extra></extra>"
-        bars = dict(type="bar", y=strengths.tolist(), hovertemplate=hover, marker=dict(color=colours))
-        draw(self.client, "Strengths", [bars], "feature map", "mean activation", (600, 250), bargap=0)
         shown = self.maps[0, chosen] / self.maps[0, chosen].max().clamp(min=1e-12)
         coloured = torch.tensor(matplotlib.colormaps["inferno"](shown.cpu().numpy())[..., :3]).permute(
             2, 0, 1
         )
+        strengths = inside.strengths(self.maps).cpu()
         caption = f"map {chosen} of {self.layer}, mean activation {strengths[chosen]:.3f}"
         self._picture("Map", (255 * coloured).to(torch.uint8), caption)
+        colours = ["#e4572e" if i == chosen else "#4c78a8" for i in range(len(strengths))]
+        hover = "map %{x}: %{y:.4f}<extra></extra>"
+        bars = dict(type="bar", y=strengths.tolist(), hovertemplate=hover, marker=dict(color=colours))
+        draw(self.client, "Strengths", [bars], "feature map", "mean activation", (495, 250), bargap=0)
         pattern = inside.reconstruct(self.network.model, self.x, self.layer, chosen, self.method).cpu()
         pattern = 127.5 + 127.5 * pattern / pattern.abs().max().clamp(min=1e-12)
         caption = f"what map {chosen} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"

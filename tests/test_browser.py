@@ -1,13 +1,16 @@
 """The live page in a real browser, headless Chromium: what the user sees."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 from common import data, inside, visdom_files
@@ -20,7 +23,7 @@ FLAGS += "--disable-background-networking --disable-component-update"
 ROOT = Path(__file__).parent.parent
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", "figures/screenshots"))
 PANES = """() => Object.fromEntries([...document.querySelectorAll('.window')].map(pane => [
-    pane.querySelector('.pull-right').innerText.trim(),
+    [...pane.querySelectorAll('.pull-right')].map(title => title.innerText.trim()).join(''),
     [...pane.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data).map(trace => trace.y.length),
 ]))"""
 
@@ -63,8 +66,13 @@ def start(tmp_path, free_port):
         processes.append(process)
         for line in process.stdout:
             if "http://127.0.0.1" in line:
-                return next(word for word in line.split() if word.startswith("http"))
-        pytest.fail("no address was printed")
+                address = next(word for word in line.split() if word.startswith("http"))
+                for _ in range(100):  # until its server is up
+                    with contextlib.suppress(requests.ConnectionError):
+                        if requests.get(address, timeout=3).ok:
+                            return address
+                    time.sleep(0.2)
+        pytest.fail("no page was there")
 
     yield run
     for process in processes:
@@ -107,7 +115,8 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     image = grid.locator("img").first
     box = image.bounding_box()
     cell = box["width"] / 23  # 23 columns of 512 maps
-    image.click(position=dict(x=5.5 * cell, y=2.5 * cell))
+    for _ in range(2):  # the first click only chooses the pane
+        image.click(position=dict(x=5.5 * cell, y=2.5 * cell))
     number = 2 * 23 + 5
     page.get_by_text(f"what map {number} of conv5_x responded to").wait_for(timeout=10_000)
     shown = page.evaluate(
