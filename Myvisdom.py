@@ -210,7 +210,7 @@ class Page:
         sizes = np.array(self.settings["sizes"])[
             np.minimum((x - 1) // self.steps, self.settings["epochs"] - 1)
         ]
-        some = max(1, count // 100)  # iterations between points of the speed
+        some = max(1, min(10, count // 4), count // 100)  # iterations between points of the speed
         speed = self.settings["batch_size"] * some / np.diff(clock[::some]).clip(1e-9)
 
         def line(x, y, name, **options):
@@ -272,13 +272,14 @@ class Page:
     def _draw_confusion(self, labels, logits):
         counts = confusion_matrix(labels.cpu(), logits.argmax(1).cpu(), labels=range(len(self.classes)))
         trace = dict(
-            type="heatmap", z=counts.tolist(), x=self.classes, y=self.classes, colorscale="Blues",
-            reversescale=False, showscale=False,
+            type="heatmap", z=counts.tolist(), x=self.classes, y=self.classes, showscale=False,
+            colorscale=[[0, "white"], [1, "#08306b"]],
             hovertemplate="%{z} pictures: %{y}, taken for %{x}<extra></extra>",
         )  # fmt: skip
+        axis = dict(type="category", dtick=1, tickfont=dict(size=9))
         draw(
             self._client, "Confusion", [trace], "the network says", "", (330, 335),
-            yaxis=dict(autorange="reversed", tickfont=dict(size=9)), xaxis=dict(tickfont=dict(size=9)),
+            yaxis=axis | dict(autorange="reversed"), xaxis=axis,
             margin=dict(l=66, r=6, t=6, b=70),
         )  # fmt: skip
 

@@ -4,10 +4,11 @@ import math
 import time
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import cli, data, inside, visdom_files
+from common import cli, data, figures, inside, visdom_files
 from Myvisdom import address, connect, draw, end_server, listening, png, start_server
 
 LAYERS = inside.STAGES
@@ -65,7 +66,8 @@ class Explorer:
             (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
         label = self.network.classes[self.labels[self.number]]
         said = inside.prediction(self.network, self.x)
-        self._picture("Picture", self.images[self.number], f"test picture {self.number}: {label};<br>{said}")
+        shown = f"test picture {self.number}: {label};<br>{said}"
+        self._pictures("Picture", (self.images[self.number], shown))
         self._draw_maps()
         self.show_map(inside.choose_map(self.maps))
 
@@ -73,47 +75,54 @@ class Explorer:
         count = self.maps.shape[1]
         self.columns = math.ceil(math.sqrt(count))
         self.cell = SIDE // self.columns
-        cells = F.interpolate(self.maps, self.cell - 1)[0] / self.maps.max().clamp(min=1e-12)
-        cells = F.pad(cells, (0, 1, 0, 1), value=1.0)  # a line between them
-        cells = torch.cat([cells, cells.new_ones(self.columns**2 - count, self.cell, self.cell)])
-        sheet = (
-            cells.view(self.columns, self.columns, self.cell, self.cell)
-            .transpose(1, 2)
-            .flatten(2)
-            .flatten(0, 1)
-        )
-        coloured = matplotlib.colormaps["inferno"](sheet.cpu().numpy())[..., :3]
-        title = f"The {count} maps of {self.layer}: click one"
-        side = sheet.shape[0]
+        cells = F.interpolate(self.maps, self.cell - 1)[0].cpu()  # a line between them
+        sheet = coloured(figures.tile(cells.numpy(), self.columns, 1), float(cells.max()))
         # visdom makes panes a multiple of 15 px less 10 high, with 15 px of title, and centres the picture
         # as if there were none
+        side = self.cell * self.columns
         height = 15 * math.ceil((side + 60) / 15) - 10
         self.above = (height - side) / 2
-        opts = dict(title=title, width=side, height=height - 15)
-        self.client.image(coloured.transpose(2, 0, 1), win="Maps", opts=opts)
+        opts = dict(title=f"The {count} maps of {self.layer}: click one", width=side, height=height - 15)
+        self.client.image(sheet, win="Maps", opts=opts)
 
     def show_map(self, chosen):
         """The map, its column in the chart, and the pattern that it responded to."""
-        shown = self.maps[0, chosen] / self.maps[0, chosen].max().clamp(min=1e-12)
-        coloured = torch.tensor(matplotlib.colormaps["inferno"](shown.cpu().numpy())[..., :3]).permute(
-            2, 0, 1
-        )
         strengths = inside.strengths(self.maps).cpu()
-        caption = f"map {chosen} of {self.layer}, mean activation {strengths[chosen]:.3f}"
-        self._picture("Map", (255 * coloured).to(torch.uint8), caption)
+        feature_map = self.maps[0, chosen].cpu()
+        pattern = inside.reconstruct(self.network.model, self.x, self.layer, chosen, self.method).cpu()
+        pattern = (255 * figures.neutral(pattern)).to(torch.uint8)
+        responded = f"what map {chosen} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"
+        self._pictures(
+            "Map and pattern",
+            (pattern, responded),
+            (
+                torch.from_numpy(coloured(feature_map.numpy(), float(feature_map.max()))),
+                f"map {chosen} of {self.layer}, mean activation {strengths[chosen]:.3f}",
+            ),
+        )
         colours = ["#e4572e" if i == chosen else "#4c78a8" for i in range(len(strengths))]
         hover = "map %{x}: %{y:.4f}<extra></extra>"
         bars = dict(type="bar", y=strengths.tolist(), hovertemplate=hover, marker=dict(color=colours))
-        draw(self.client, "Strengths", [bars], "feature map", "mean activation", (495, 250), bargap=0)
-        pattern = inside.reconstruct(self.network.model, self.x, self.layer, chosen, self.method).cpu()
-        pattern = 127.5 + 127.5 * pattern / pattern.abs().max().clamp(min=1e-12)
-        caption = f"what map {chosen} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"
-        self._picture("Pattern", pattern.to(torch.uint8), caption)
+        mark = dict(x=chosen, y=float(strengths[chosen]), text=f"map {chosen}", font=dict(color="#b03a16"))
+        draw(
+            self.client, "Strengths", [bars], "feature map", "mean activation", (495, 250), bargap=0,
+            annotations=[mark],
+        )  # fmt: skip
 
-    def _picture(self, name, image, caption):
+    def _pictures(self, name, *pictures):
+        """A pane of pictures, each uint8 [3, H, W] with its caption."""
         style = "width:190px;image-rendering:pixelated"
-        content = f"<img src='{png(image)}' style='{style}'><div style='font-size:11px'>{caption}</div>"
-        self.client.text(content, win=name, opts=dict(title=name, width=205, height=265))
+        content = "".join(
+            f"<img src='{png(image)}' style='{style}'><div style='font-size:11px;height:50px'>{caption}</div>"
+            for image, caption in pictures
+        )
+        self.client.text(content, win=name, opts=dict(title=name, width=205, height=260 * len(pictures)))
+
+
+def coloured(values, highest):
+    """[h, w] from 0 to `highest` as uint8 [3, h, w]; NaN is white."""
+    colours = matplotlib.colormaps["inferno"].with_extremes(bad="white")
+    return colours(np.ma.masked_invalid(values / max(highest, 1e-12)), bytes=True)[..., :3].transpose(2, 0, 1)
 
 
 def explore(args):
