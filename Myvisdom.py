@@ -20,6 +20,7 @@ import torch
 import visdom
 from PIL import Image
 from sklearn.metrics import confusion_matrix
+from tqdm import tqdm
 
 from common import cli, visdom_files, visdom_server
 from common.run import schedule
@@ -131,7 +132,7 @@ class Page:
         self.history, self.settings, self.classes, self.steps = history, settings, classes, steps
         self.name, self.port = settings["name"], port
         self.left, self.evaluated = "", None
-        self.server, self.starts = None, 0
+        self.server, self.starts, self._told = None, 0, False
         if not listening(port):
             try:
                 visdom_files.ensure()
@@ -142,7 +143,6 @@ class Page:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
-        print(f"live page: {address(port)}/env/{quote(self.name)}")
 
     def __enter__(self):
         return self
@@ -199,6 +199,9 @@ class Page:
             self._draw_mistakes(*evaluated)
             self._drawn_evaluation = evaluated
         self._drawn = now
+        if not self._told:  # not before: visdom shows nothing, ever, to who comes too early
+            tqdm.write(f"live page: {address(self.port)}/env/{quote(self.name)}")
+            self._told = True
 
     def _draw_iterations(self, count):
         """The loss, the rate with the size of the pictures, and the speed, of `count` iterations."""

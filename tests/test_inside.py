@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def x():
-    return torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    return torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 CAPTUM = {
