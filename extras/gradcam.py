@@ -21,6 +21,7 @@ def gradcam(model, x, number, layer="conv5_x"):
 def draw(picture, evidence, titles, name):
     """A figure of the picture, uint8 [3, S, S], and over it each of `evidence`, [h, w] on one scale."""
     figure = figures.Figure(figsize=(3.6 * (1 + len(evidence)) + 0.8, 4.2), layout="constrained")
+    figure.suptitle("Where the evidence for a class is in the picture")
     axes = figure.subplots(1, 1 + len(evidence))
     figures.show(axes[0], picture)
     axes[0].set_title(name, fontsize=10)

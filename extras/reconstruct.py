@@ -49,8 +49,8 @@ def close_up(picture, pattern, box, title, name, how):
     figures.show(axes[2], figures.neutral(pattern))
     for axis in axes[1:]:
         axis.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
-    size = f"{right - left}×{bottom - top} of {pattern.shape[2]}×{pattern.shape[1]} px"
-    for axis, caption in zip(axes, (name, f"the box that holds 90 % of the pattern: {size}", how)):
+    size = f"{right - left}×{bottom - top} px"
+    for axis, caption in zip(axes, (name, f"where 90 % of the pattern is: {size}", how)):
         axis.set_xlabel(caption)
     figure.suptitle(title)
     return figure
