@@ -19,7 +19,6 @@ import requests  # comes with visdom
 import torch
 import visdom
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 from common import cli, visdom_files, visdom_server
@@ -273,6 +272,8 @@ class Page:
         self._client.text(f"<table style='font-size:12px'>{cells}</table>", win="Run", opts=opts)
 
     def _draw_confusion(self, labels, logits):
+        from sklearn.metrics import confusion_matrix  # takes a second to import: not at every start
+
         counts = confusion_matrix(labels.cpu(), logits.argmax(1).cpu(), labels=range(len(self.classes)))
         trace = dict(
             type="heatmap", z=counts.tolist(), x=self.classes, y=self.classes, showscale=False,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 from common import cli, data, figures, inside
@@ -317,6 +316,8 @@ def main(argv=None):
 
 def evaluate_weights(args, device):
     """--evaluate: prints the accuracy of a network, per class too, and draws its confusion matrix."""
+    from sklearn.metrics import confusion_matrix  # takes a second to import: not at every start
+
     network = inside.load_network(args.weights, args.dataset, device)
     data.check_classes(args.dataset, network.classes)
     dataset = load_data(args, dict(holdout=args.holdout, limit=None), device)

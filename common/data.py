@@ -15,11 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits, load_sample_image
-from sklearn.model_selection import train_test_split
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from common import checkpoint
@@ -28,6 +23,8 @@ from common.cli import UserError, memory_format
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
 SIDE = 32  # pixels: what a picture is before it is resized for the network
+PICTURES = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"  # as files are named
+ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 
 
 class Dataset(NamedTuple):
@@ -57,6 +54,9 @@ def load(name, directory):
 
 def _digits():
     """The 8×8 digits of scikit-learn, enlarged to 32×32 RGB; a fifth of each class for testing."""
+    from sklearn.datasets import load_digits  # these take seconds to import: only where they are used
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
     images = F.interpolate(images, size=SIDE, mode="bilinear").round().to(torch.uint8)
@@ -75,11 +75,21 @@ def _digits():
 
 
 def _archive(root):
-    archive = root / CIFAR10.filename
+    """CIFAR-10's python archive, downloaded and unpacked if need be."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    archive = root / ARCHIVE
     if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
         raise UserError(f"{archive} has a wrong checksum: delete it, and the next run downloads it again")
     try:
-        train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
+        try:
+            train, test = (CIFAR10(root, train=train) for train in (True, False))
+        except RuntimeError:  # not unpacked yet, or not whole
+            download_url(CIFAR10.url, root, ARCHIVE, CIFAR10.tgz_md5)  # unless it is there
+            with tarfile.open(archive) as tar:
+                tar.extractall(root, filter="data")  # no member leaves the folder
+            train, test = (CIFAR10(root, train=train) for train in (True, False))
     except (OSError, RuntimeError, tarfile.TarError) as error:
         raise UserError(
             f"no CIFAR-10 in {root}, and its download failed ({error}): put the python archive or "
@@ -138,7 +148,7 @@ def _list_pictures(folder):
                 found = sorted(
                     (f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns)
                     for entry in entries
-                    if entry.name.lower().endswith(IMG_EXTENSIONS)
+                    if entry.name.lower().endswith(PICTURES)
                 )
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"the class folder {folder / name} is missing: every class needs one")
@@ -172,7 +182,7 @@ def _to_square(image):
 
 def is_there(name, directory):
     """Whether `load` needs no download."""
-    parts = "test", CIFAR10.filename, CIFAR10.base_folder
+    parts = "test", ARCHIVE, UNPACKED
     return name == "digits" or any((Path(directory) / part).exists() for part in parts)
 
 
@@ -197,6 +207,8 @@ def one_picture(image, name, directory, classes):
     if name == "cifar10" and not Path(directory).is_dir() and str(directory) != "data":
         raise UserError(f"no folder {directory}: name the one that has CIFAR-10 with --data")
     if image is None and not is_there(name, directory):
+        from sklearn.datasets import load_sample_image
+
         print(
             f"no CIFAR-10 in {directory} (python train.py downloads it, --data names another folder): "
             "using scikit-learn's photograph of a flower"

@@ -132,7 +132,7 @@ def test_download_that_fails_says_so(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", no_network)
     with pytest.raises(UserError, match="download failed .no route to host.*--dataset digits"):
         data.load("cifar10", tmp_path)
 
