@@ -3,7 +3,8 @@
 python train.py                        the default recipe, to runs/cifar10
 python train.py --resume               go on with it where it stopped
 python train.py --recipe assignment    the report's own recipe
-python train.py --dataset digits       try it all in two minutes, with no download"""
+python train.py --dataset digits       try it all in two minutes, with no download
+torchrun --nproc-per-node=4 train.py   with four processes, of a GPU each where there are GPUs"""
 
 import contextlib
 import itertools
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import cli, data, figures, inside
+from common import cli, data, figures, inside, ranks
 from common.run import Run, resumed, schedule, set_aside
 from Myvisdom import Page, listening
 
@@ -75,12 +76,17 @@ def parse(argv):
     add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
     add("--evaluate", action="store_true", help="only evaluate --weights")
     add("--weights", **cli.FLAGS["weights"])
+    add("--accumulate", type=whole, default=1, metavar="K", help="take each batch in K parts, one after the "
+        "other, to save memory")  # fmt: skip
+    add("--sync-bn", action="store_true", help="with torchrun on CUDA: batch norms see the whole batch")
     add("--no-visdom", action="store_true", help="no live page")
     args = parser.parse_args(argv)
     if args.weights and not args.evaluate:
         parser.error("--weights goes with --evaluate")
     if args.resume and args.evaluate:
         parser.error("--resume and --evaluate exclude each other")
+    if args.sync_bn and not (ranks.WORLD > 1 and torch.cuda.is_available()):
+        parser.error("--sync-bn needs torchrun and CUDA: leave it out")
     args.out = Path(args.out or ("figures" if args.evaluate else f"runs/{args.dataset}"))
     return args
 
@@ -122,14 +128,14 @@ def rate(settings, progress):
 @torch.inference_mode()
 def predict(model, images, size, settings, progress=""):
     """Logits, float32 [N, classes], of uint8 images [N, 3, 32, 32] resized to `size`; no augmentation.
-    `progress` names the progress bar."""
+    `progress` names the progress bar. Of many processes each takes its share; all get all logits."""
     model.eval()
-    logits = []
-    for x in tqdm(images.split(EVALUATION_BATCH), progress, leave=False, disable=not progress):
+    logits, quiet = [], not progress or ranks.RANK > 0
+    for x in tqdm(ranks.share(images).split(EVALUATION_BATCH), progress, leave=False, disable=quiet):
         x = data.prepare(x, size, settings["mean"], settings["std"])
         with cli.autocast(images.device, settings["precision"]):
             logits.append(model(x).float())
-    return torch.cat(logits)
+    return ranks.gathered(torch.cat(logits), len(images))
 
 
 def evaluate(model, images, labels, size, settings, progress=""):
@@ -139,17 +145,43 @@ def evaluate(model, images, labels, size, settings, progress=""):
     return float(F.cross_entropy(logits, labels)), float(accuracy), logits
 
 
-def train(run, dataset, device, port, save_every):
+def backward(model, images, labels, batch, size, settings, scaler, parts=1):
+    """Adds the gradient of a batch's mean loss to the weights' `grad`: the sum over all processes, each of
+    which takes its share of the batch, and over its `parts`, one after the other. Returns the mean [loss,
+    accuracy] of the batch, as a tensor."""
+    count, result = len(batch.order), torch.zeros(2, device=images.device)
+    mine = (ranks.share(field).tensor_split(parts) for field in batch)
+    for part, chunk in enumerate(map(data.Batch._make, zip(*mine)), 1):
+        x = data.cropped(images, chunk)
+        x = data.prepare(x, size, settings["mean"], settings["std"])
+        y = labels[chunk.order]
+        with ranks.meeting(model, part == parts):
+            with cli.autocast(images.device, settings["precision"]):
+                logits = model(x)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, y, label_smoothing=settings["label_smoothing"], reduction="sum")
+            scaler.scale(loss * ranks.WORLD / count).backward()  # the processes' mean is the batch's
+        result += torch.stack((loss.detach(), (logits.argmax(1) == y).sum())) / count
+    return ranks.add_up(result)
+
+
+def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
     """Trains `run` to its end, saving it after each epoch and every `save_every` minutes; `port` is
-    visdom's, or None. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it, or
-    None. Raises `UserError` when the loss is no longer finite, and when the run cannot be saved at its
-    start or its end."""
+    visdom's, or None; `parts` are those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns
+    the signal that ended it, or 0. Raises `UserError` when the loss is no longer finite, and when the run
+    cannot be saved at its start or its end."""
     images, labels, test_images, test_labels = dataset[:4]
-    model, optimizer, scaler, settings = run.model, run.optimizer, run.scaler, run.settings
+    optimizer, scaler, settings = run.optimizer, run.scaler, run.settings
+    model = ranks.parallel(run.model, sync_bn)
     epochs, sizes, steps = settings["epochs"], settings["sizes"], run.steps
     batch_size = min(settings["batch_size"], len(images))
+    if batch_size < 2 * ranks.WORLD * parts:  # batch norm needs two
+        raise cli.UserError(
+            f"a batch of {batch_size} is too small for {ranks.WORLD} processes and --accumulate {parts}: "
+            f"--batch-size {2 * ranks.WORLD * parts} is the least"
+        )
     work = [size * size for size in sizes]  # of an epoch: it grows with the pixels
-    work_done, began = 0.0, time.time()  # in this process
+    work_done, began, stop = 0.0, time.time(), 0  # in this process
 
     with cli.stop_signals() as signals, contextlib.ExitStack() as stack:
         if port:
@@ -165,7 +197,7 @@ def train(run, dataset, device, port, save_every):
             )
             bar = tqdm(
                 total=steps * batch_size, initial=first * batch_size, unit=" images", leave=False,
-                desc=f"epoch {epoch + 1}/{epochs}, {size} px", dynamic_ncols=True,
+                desc=f"epoch {epoch + 1}/{epochs}, {size} px", dynamic_ncols=True, disable=ranks.RANK > 0,
             )  # fmt: skip
             run.mark = time.perf_counter()
             unread = None  # the last step's result: read while the device does the next step
@@ -173,15 +205,8 @@ def train(run, dataset, device, port, save_every):
                 lr = rate(settings, (epoch * steps + step) / (steps * epochs))
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                x = data.cropped(images, batch)
-                x = data.prepare(x, size, settings["mean"], settings["std"])
-                y = labels[batch.order]
-                with cli.autocast(device, settings["precision"]):
-                    logits = model(x)
-                logits = logits.float()
-                loss = F.cross_entropy(logits, y, label_smoothing=settings["label_smoothing"])
                 optimizer.zero_grad()
-                scaler.scale(loss).backward()
+                result = backward(model, images, labels, batch, size, settings, scaler, parts)
                 scaler.step(optimizer)
                 scaler.update()
 
@@ -196,9 +221,9 @@ def train(run, dataset, device, port, save_every):
                     )
                     if port:
                         page.left = left
-                unread = torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean())), lr
+                unread = result, lr
                 bar.update(batch_size)
-                if signals:
+                if stop := ranks.largest(max(signals, default=0)):
                     break
                 if time.time() - run.saved_at > 60 * save_every:
                     run.record(*unread[0].tolist(), lr)
@@ -208,11 +233,12 @@ def train(run, dataset, device, port, save_every):
             if unread:
                 run.record(*unread[0].tolist(), unread[1])
             bar.close()
-            if signals:
+            if stop:
                 break
 
+            ranks.same_buffers(run.model)
             test_loss, test_accuracy, logits = evaluate(
-                model, test_images, test_labels, size, settings, "evaluating"
+                run.model, test_images, test_labels, size, settings, "evaluating"
             )
             if port:
                 page.evaluated = test_images, test_labels, logits
@@ -220,7 +246,7 @@ def train(run, dataset, device, port, save_every):
             last_size_accuracy = test_accuracy if size == sizes[-1] else None
             if last_size_accuracy is None and 2 * epoch >= epochs:
                 _, last_size_accuracy, _ = evaluate(
-                    model, test_images, test_labels, sizes[-1], settings, f"evaluating at {sizes[-1]} px"
+                    run.model, test_images, test_labels, sizes[-1], settings, f"evaluating at {sizes[-1]} px"
                 )
             row = run.end_epoch(
                 size, test_loss=test_loss, test_accuracy=test_accuracy, last_size_accuracy=last_size_accuracy
@@ -235,16 +261,17 @@ def train(run, dataset, device, port, save_every):
                 f"accuracy {test_accuracy:6.2%}{at_last_size}  {row['seconds']:.0f} s",
                 flush=True,
             )
-            if signals:
+            if stop := ranks.largest(max(signals, default=0)):
                 break
-        if signals or run.unsaved:
+        if stop or run.unsaved:
             run.save(curves=True, insist=True)
-    return signals[0] if signals else None
+    return stop
 
 
 def load_data(args, settings, device):
     """The data set of a run on `device`, as --limit and --holdout say."""
-    dataset = data.load(args.dataset, args.data)
+    with ranks.first_ahead():
+        dataset = data.load(args.dataset, args.data)
     images, labels = dataset.train_images, dataset.train_labels
     if settings["holdout"]:
         if settings["holdout"] > len(images) - 2:
@@ -259,11 +286,12 @@ def load_data(args, settings, device):
 
 def start_up_lines(settings, dataset, out, device):
     """What this run is going to do, in two lines."""
+    times = f" × {ranks.WORLD}" if ranks.WORLD > 1 else ""
     hint = "" if len(set(settings["sizes"])) == 1 else " (--size 224: every step at 224 px)"
     return (
         f"ResNet-18 on {dataset.source}: {len(dataset.train_images):,} pictures to train on, "
         f"{len(dataset.test_images):,} {'held out' if settings['holdout'] else 'to test'}; "
-        f"{device}, {settings['precision']}; to {out}\n"
+        f"{device}{times}, {settings['precision']}; to {out}\n"
         f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(settings['sizes'])}{hint}; "
         f"batch {settings['batch_size']}, rate {settings['lr']}"
     )
@@ -273,9 +301,13 @@ def start_up_lines(settings, dataset, out, device):
 def main(argv=None):
     args = parse(argv)
     device = cli.device(args.device)
-    if args.evaluate:
-        return evaluate_weights(args, device)
-    saved = resumed(args) if args.resume else None
+    with ranks.joined(device):
+        return evaluate_weights(args, device) if args.evaluate else run_to_its_end(args, device)
+
+
+def run_to_its_end(args, device):
+    """Starts the run that the flags ask for, or goes on with it; returns the script's exit status."""
+    saved = ranks.of_first(resumed(args) if args.resume and not ranks.RANK else None)
     settings = saved["settings"] if saved else new_settings(args, device)
     settings.setdefault("name", f"{args.out.resolve().name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     dataset = load_data(args, settings, device)
@@ -285,16 +317,19 @@ def main(argv=None):
             f"{len(dataset.train_images)}: resume it with the same --data"
         )
     print(start_up_lines(settings, dataset, args.out, device))
-    if not args.no_visdom:
-        listening(args.port)  # an error now rather than later
-    cli.folder(args.out)
-    for name in ("last.pt", "weights.pt"):
-        for leftover in args.out.glob(f"{name}.*.tmp"):  # of a run that was killed while it saved
-            leftover.unlink()
-    if not saved:
-        set_aside(args.out)
+    port = None if args.no_visdom or ranks.RANK else args.port
+    if port:
+        listening(port)  # an error now rather than later
+    if ranks.RANK == 0:
+        cli.folder(args.out)
+        for name in ("last.pt", "weights.pt"):
+            for leftover in args.out.glob(f"{name}.*.tmp"):  # of a run that was killed while it saved
+                leftover.unlink()
+        if not saved:
+            set_aside(args.out)
     run = Run(settings, dataset, args.out, device, saved)
-    signal_number = train(run, dataset, device, None if args.no_visdom else args.port, args.save_every)
+    with run.failures_explained():
+        signal_number = train(run, dataset, device, port, args.save_every, args.accumulate, args.sync_bn)
     flags = "" if args.dataset == "cifar10" else f" --dataset {args.dataset}"
     flags += "" if args.data == "data" else f" --data {shlex.quote(args.data)}"
     if signal_number:
@@ -326,6 +361,8 @@ def evaluate_weights(args, device):
     settings["precision"] = cli.precision(args.precision or "auto", device)
     images, labels = dataset.test_images, dataset.test_labels
     logits = predict(network.model, images, size, settings, "evaluating")
+    if ranks.RANK:
+        return  # the first process tells
     counts = confusion_matrix(labels.cpu(), logits.argmax(1).cpu(), labels=range(len(dataset.classes)))
     part = "held-out" if args.holdout else "test"
     for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):

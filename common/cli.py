@@ -36,7 +36,8 @@ def command(main):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # one of many, by torchrun
+        print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
     return run
@@ -132,6 +133,8 @@ def device(name):
     if found is None or not there.get(found.type) or (found.index or 0) >= _count(found.type):
         choices = ", ".join(kind for kind in there if there[kind])
         raise UserError(f"no device {name!r} on this machine: --device takes {choices}")
+    if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:  # by torchrun
+        return device(f"cuda:{os.environ['LOCAL_RANK']}")
     torch.backends.cudnn.benchmark = True  # the sizes are few: let cuDNN try its algorithms for each
     if found.type == "cpu" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()

@@ -3,16 +3,18 @@
 Its files are last.pt (all that it takes to go on), weights.pt (all that it takes to look inside),
 loss.csv, metrics.csv and their curves."""
 
+import contextlib
 import csv
 import itertools
 import math
+import re
 import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, cli, figures
+from common import checkpoint, cli, figures, ranks
 from common.cli import UserError
 from MyResnet import ResNet18
 
@@ -104,6 +106,8 @@ class Run:
         state = self.model.state_dict()
         finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
         self._check(finite, f"the weights are not finite after iteration {self.iteration}")
+        if ranks.RANK:
+            return  # the first process writes
         network = self.about | dict(
             model=state,
             mean=self.settings["mean"],
@@ -130,6 +134,21 @@ class Run:
             if insist:
                 raise UserError(message)
             tqdm.write(f"{message}; training goes on, and the next save tries again", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def failures_explained(self):
+        """Makes memory that is refused, and another process that is gone, a `UserError`."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            kept = f"{self.out / 'last.pt'} has iteration {self.kept}"
+            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+                raise UserError(
+                    f"not enough memory for this batch: --resume --accumulate 2 takes it in two parts; {kept}"
+                )
+            if ranks.WORLD > 1 and re.search("peer|NCCL|timed out", str(error), re.IGNORECASE):
+                raise UserError(f"another process is gone, torchrun tells which; {kept}: --resume goes on")
+            raise
 
     def _write_tables(self):
         history = self.history

@@ -10,7 +10,7 @@ from PIL import Image
 import train
 from common import data
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,115 @@
+"""Many processes: together they do what one does, and none of them hangs when another dies."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import rank_gradient
+import torch
+
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--dataset digits --limit 90 --size 32 --batch-size 30 --no-visdom --device cpu --precision fp32"
+
+
+def torchrun(processes, script, *flags, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += map(str, [processes, script, *flags])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.fixture
+def double(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def assert_same(one, other):
+    for mine, theirs in zip(one[0], other[0]):
+        assert mine.dtype == torch.float64
+        assert (mine - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+    torch.testing.assert_close(one[1], other[1])
+
+
+def test_gradient_in_parts_is_that_of_the_batch(double):
+    assert_same(rank_gradient.gradient(parts=3), rank_gradient.gradient(parts=1))
+
+
+@pytest.mark.parametrize(
+    "processes, parts", [(2, 2), (3, 1)]
+)  # 14 pictures: 7 + 7 in two parts, and 5 + 5 + 4
+def test_gradient_of_many_is_that_of_one(processes, parts, double, tmp_path):
+    process = torchrun(processes, rank_gradient.__file__, tmp_path / "gradient.pt", parts)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, error
+    *results, logits = torch.load(tmp_path / "gradient.pt", weights_only=True)
+    assert_same(results, rank_gradient.gradient(parts=1))
+    assert logits.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def processes_below(pid):
+    """{rank: process} of what torchrun started."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_text().split("\0")
+        found |= {int(v.partition("=")[2]): int(child) for v in variables if v.startswith("RANK=")}
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*SMALL.split(), "--epochs", "30", "--save-every", "0", "--out", out]
+    run = torchrun(2, ROOT / "train.py", *flags)
+    while not (out / "weights.pt").exists() and run.poll() is None:
+        time.sleep(0.05)
+    began = time.monotonic()
+    os.kill(processes_below(run.pid)[1], signal.SIGKILL)
+    error = run.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60 and run.returncode
+    assert re.search(r"rank +: 1 ", error) and "exitcode  : -9" in error  # torchrun names it
+    message = next(line for line in error.splitlines() if "rank 0: error: " in line)
+    saved = torch.load(out / "last.pt", weights_only=True)  # whole
+    done = len(saved["history"]["loss"])
+    assert f"{out}/last.pt has iteration {done}: --resume goes on" in message
+
+    saved["settings"]["epochs"] = epochs = done // 3 + 2  # not all thirty
+    saved["settings"]["sizes"] = [32] * epochs
+    torch.save(saved, out / "last.pt")
+    run = torchrun(3, ROOT / "train.py", *SMALL.split(), "--resume", "--out", out)
+    printed, error = run.communicate(timeout=120)
+    assert run.returncode == 0, error
+    with open(out / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
+    assert printed.count("test set, 360 pictures") == 1  # only the first process prints
+    train.main(f"--evaluate --dataset digits --precision fp32 --weights {out}/weights.pt --out {out}".split())
+    assert "test set, 360 pictures" in (evaluated := capsys.readouterr().out)
+    accuracy = float(evaluated.split("accuracy ")[1].split("%")[0])
+    assert accuracy == pytest.approx(100 * float(rows[-1]["test_accuracy"]), abs=0.3)  # weights are rounded
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: torch.empty(2**50, dtype=torch.uint8),  # a petabyte, from the system
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")),
+    ],
+)
+def test_memory_that_is_refused_is_one_line(fail, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "backward", lambda *args: next(iter([fail()])))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL.split(), "--epochs", "1", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: not enough memory for this batch: --resume --accumulate 2")
+    assert message.endswith(f"{tmp_path}/last.pt has iteration 0")
