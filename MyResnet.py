@@ -3,13 +3,14 @@
 
 The modules of the network are the rows of that table, and `python MyResnet.py` prints it."""
 
-import argparse
 import re
 from collections import OrderedDict
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from common import cli
 
 
 class BasicBlock(nn.Module):
@@ -168,8 +169,9 @@ def _kernels(stage):
     return ", ".join(words)
 
 
+@cli.command
 def main(argv=None):
-    argparse.ArgumentParser(description="Print the table of ResNet-18.").parse_args(argv)
+    cli.parser(__doc__).parse_args(argv)
     layout = "{:<8}  {:<11}  {:<46}  {:>10}  {:>13}"
     print("ResNet-18 for CIFAR-10, one 224×224 picture")
     print(layout.format("stage", "output size", "kernels", "parameters", "multiply-adds"))

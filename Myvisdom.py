@@ -153,7 +153,7 @@ class Page:
         self._give_up = time.monotonic() + 8  # a short run may be over before its server is up
         self._closing.set()
         try:
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=0 if kind is KeyboardInterrupt else 10)  # a second Ctrl-C is urgent
         finally:
             end_server(self.server)
         if self._drawn is None:
@@ -185,6 +185,8 @@ class Page:
                 self.server = start_server(self.port)  # killed, or another run's and ended with it
             self._client = connect(self.port, self.name)
         count = len(self.history["loss"])
+        if self._drawn and not self._client.win_exists("Run"):  # another server has come: it knows nothing
+            self._drawn = self._drawn_evaluation = None
         now = (count, len(self.history["epochs"]), self.left, self.evaluated is self._drawn_evaluation)
         if now == self._drawn:
             return

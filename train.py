@@ -8,6 +8,7 @@ torchrun --nproc-per-node=4 train.py   with four processes, of a GPU each where 
 
 import contextlib
 import itertools
+import re
 import shlex
 import sys
 import time
@@ -18,8 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import cli, data, figures, inside, ranks
-from common.run import Run, resumed, schedule, set_aside
-from Myvisdom import Page, listening
+from common.run import Run, alone, resumed, schedule, set_aside
 
 RECIPES = {
     "fast": dict(
@@ -61,7 +61,7 @@ def parse(argv):
     parser = cli.parser(__doc__, "data", "dataset", "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
     add("--recipe", choices=list(RECIPES), help="default: fast")
-    add("--epochs", type=whole, metavar="N", help="default: 15; recipe assignment: 25")
+    add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="default: 15; recipe assignment: 25")
     add("--batch-size", type=cli.number(int, 2), metavar="N", help="default: 128")
     add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
@@ -175,16 +175,13 @@ def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
     model = ranks.parallel(run.model, sync_bn)
     epochs, sizes, steps = settings["epochs"], settings["sizes"], run.steps
     batch_size = min(settings["batch_size"], len(images))
-    if batch_size < 2 * ranks.WORLD * parts:  # batch norm needs two
-        raise cli.UserError(
-            f"a batch of {batch_size} is too small for {ranks.WORLD} processes and --accumulate {parts}: "
-            f"--batch-size {2 * ranks.WORLD * parts} is the least"
-        )
     work = [size * size for size in sizes]  # of an epoch: it grows with the pixels
     work_done, began, stop = 0.0, time.time(), 0  # in this process
 
     with cli.stop_signals() as signals, contextlib.ExitStack() as stack:
         if port:
+            from Myvisdom import Page
+
             shown = settings | {"device": str(device)}
             page = stack.enter_context(Page(run.history, shown, dataset.classes, steps, port))
         run.save(insist=True)  # what cannot be written is said now
@@ -297,6 +294,18 @@ def start_up_lines(settings, dataset, out, device):
     )
 
 
+def live_page(port):
+    """The port that the live page can have, or None where visdom is not installed. Raises `UserError` if
+    another program has it."""
+    try:
+        from Myvisdom import listening
+    except ImportError as error:
+        print(f"no live page, since {error.name} is not installed: pip install -r requirements.txt")
+        return None
+    listening(port)  # an error now rather than later
+    return port
+
+
 @cli.command
 def main(argv=None):
     args = parse(argv)
@@ -309,26 +318,32 @@ def run_to_its_end(args, device):
     """Starts the run that the flags ask for, or goes on with it; returns the script's exit status."""
     saved = ranks.of_first(resumed(args) if args.resume and not ranks.RANK else None)
     settings = saved["settings"] if saved else new_settings(args, device)
-    settings.setdefault("name", f"{args.out.resolve().name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    folder = re.sub(r"[^\w.-]+", "_", args.out.resolve().name)  # it becomes part of the page's address
+    settings.setdefault("name", f"{folder}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     dataset = load_data(args, settings, device)
     if settings.setdefault("pictures", len(dataset.train_images)) != len(dataset.train_images):
         raise cli.UserError(
             f"the run in {args.out} has {settings['pictures']} training pictures, {args.data} now has "
             f"{len(dataset.train_images)}: resume it with the same --data"
         )
+    least = 2 * ranks.WORLD * args.accumulate  # batch norm needs two pictures
+    if min(settings["batch_size"], len(dataset.train_images)) < least:
+        raise cli.UserError(
+            f"{least} pictures a batch are the least for {ranks.WORLD} process{'es' * (ranks.WORLD > 1)} and "
+            f"--accumulate {args.accumulate}: take more by --batch-size, or fewer parts"
+        )
     print(start_up_lines(settings, dataset, args.out, device))
-    port = None if args.no_visdom or ranks.RANK else args.port
-    if port:
-        listening(port)  # an error now rather than later
-    if ranks.RANK == 0:
-        cli.folder(args.out)
-        for name in ("last.pt", "weights.pt"):
-            for leftover in args.out.glob(f"{name}.*.tmp"):  # of a run that was killed while it saved
-                leftover.unlink()
-        if not saved:
-            set_aside(args.out)
-    run = Run(settings, dataset, args.out, device, saved)
-    with run.failures_explained():
+    port = None if args.no_visdom or ranks.RANK else live_page(args.port)
+    with contextlib.ExitStack() as stack:
+        if ranks.RANK == 0:
+            stack.enter_context(alone(cli.folder(args.out)))
+            for name in ("last.pt", "weights.pt"):
+                for leftover in args.out.glob(f"{name}.*.tmp"):  # of a run that was killed while it saved
+                    leftover.unlink()
+            if not saved:
+                set_aside(args.out)
+        run = Run(settings, dataset, args.out, device, saved)
+        stack.enter_context(run.failures_explained())
         signal_number = train(run, dataset, device, port, args.save_every, args.accumulate, args.sync_bn)
     flags = "" if args.dataset == "cifar10" else f" --dataset {args.dataset}"
     flags += "" if args.data == "data" else f" --data {shlex.quote(args.data)}"

@@ -13,7 +13,7 @@ import torch
 from common import checkpoint, cli
 
 RUN = (
-    "--dataset digits --limit 512 --batch-size 64 --size 32 --precision fp32 --seed 3 --save-every 0 "
+    "--dataset digits --limit 256 --batch-size 64 --size 32 --precision fp32 --seed 3 --save-every 0 "
     "--no-visdom --device cpu"
 )
 
@@ -71,7 +71,7 @@ def main(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--kills", type=cli.number(int, 1), default=30, metavar="N", help="default: 30")
-    add("--epochs", type=cli.number(int, 1), default=40, metavar="N", help="of 8 steps (default: 40)")
+    add("--epochs", type=cli.number(int, 1), default=40, metavar="N", help="of 4 steps (default: 40)")
     add("--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the moments (default: 0)")
     args = parser.parse_args(argv)
     moments, began = random.Random(args.seed), time.time()

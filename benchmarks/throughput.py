@@ -1,7 +1,10 @@
 """Images a second of training, evaluation and input preparation: the assignment's pipeline as it is usually
-written against train.py's own, in child processes that take turns: python -m benchmarks.throughput"""
+written against train.py's own, in child processes that take turns: python -m benchmarks.throughput
+
+Also what many processes gain, what batches in parts save, and how soon the first step begins."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import train
-from common import cli, data
+from common import cli, data, ranks
 from common.run import Run
 from MyResnet import table
 
@@ -80,8 +83,8 @@ def usual(size, steps, workers, device):
     return rates
 
 
-def ours(size, steps, workers, device):
-    """train.py's own loop and evaluation."""
+def ours(size, steps, parts, device):
+    """train.py's own loop, with batches in `parts`, and its evaluation."""
     images, labels = (tensor.to(device) for tensor in noise(steps * BATCH))
     few = images[:BATCH], labels[:BATCH]
     dataset = data.Dataset(images, labels, *few, data.CIFAR10_CLASSES, "noise")
@@ -98,7 +101,7 @@ def ours(size, steps, workers, device):
 
     with tempfile.TemporaryDirectory() as out:
         run = Timed(settings, dataset, Path(out), device)
-        train.train(run, dataset, device, None, save_every=60)
+        train.train(run, dataset, device, None, 60, parts)
     rates = dict(training=rate(marks[:-1]))  # the last was only read after its step
     began = time.perf_counter()
     train.evaluate(run.model, images, labels, size, settings)
@@ -136,18 +139,53 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def child(*values):
-    """Measures in a process of its own, since the allocator's settings are those of a whole process."""
-    command = [sys.executable, "-m", "benchmarks.throughput", "--child", *map(str, values)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def child(*values, processes=None):
+    """Measures in a process of its own, since the allocator's settings are those of a whole process, or in so
+    many `processes` by torchrun, with one thread each."""
+    command, environment = [sys.executable, "-m"], os.environ
+    if processes:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        environment = environment | {"OMP_NUM_THREADS": "1"}
+    command += ["benchmarks.throughput", "--child", *map(str, values)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if result.returncode:
         raise cli.UserError(f"this measurement failed: {' '.join(command[1:])}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def measure(pipeline, size, steps, option, name):
+    """What a child prints."""
+    device = cli.device(name) if pipeline == "ours" else torch.device(name)  # no settings for the usual
+    with ranks.joined(device):
+        rates = (ours if pipeline == "ours" else usual)(int(size), int(steps), int(option), device)
+        print(json.dumps(rates | dict(memory=peak_memory(device))))
+
+
+def seconds_to_first_step(folder):
+    """From the call of train.py, with the pictures in `folder` read before, until its first step begins."""
+    code = "import os, sys, time, train; train.backward = lambda *_: (print(time.time()), os._exit(0)); "
+    code += "sys.stdout.reconfigure(line_buffering=True); train.main(sys.argv[1:])"
+    dataset = ["--data", folder] if data.is_there("cifar10", folder) else ["--dataset", "digits"]
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-c", code, "--no-visdom", "--out", out, *dataset]
+        took = []
+        for _ in range(4):  # the first one may have to decode the pictures
+            began = time.time()
+            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            took.append(float(result.stdout.split()[-1]) - began)
+    return statistics.median(took[1:])
+
+
+def middle(results, part):
+    """(median, text with its spread) of a part of some results; memory in GB."""
+    values = [result[part] / (1e9 if part == "memory" else 1) for result in results]
+    median = statistics.median(values)
+    return median, f"{median:10.1f} ({min(values):.1f}–{max(values):.1f})".ljust(24)
+
+
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "device")
+    parser = cli.parser(__doc__, "data", "device")
     add, whole = parser.add_argument, cli.number(int, 1)
     sizes = list(train.RECIPES["fast"]["sizes"])[::-1]
     add("--sizes", type=cli.number(int, 32, 1024), nargs="+", default=sizes, metavar="PX")
@@ -159,46 +197,61 @@ def main(argv=None):
     add("--child", nargs=5, help="what the script starts itself with")
     args = parser.parse_args(argv)
     if args.child:
-        pipeline, (size, steps, workers), name = args.child[0], map(int, args.child[1:4]), args.child[4]
-        device = cli.device(name) if pipeline == "ours" else torch.device(name)  # no settings for the usual
-        rates = (ours if pipeline == "ours" else usual)(size, steps, workers, device)
-        return print(json.dumps(rates | dict(memory=peak_memory(device))))
+        return measure(*args.child)
     device = cli.device(args.device)
     precision = cli.precision("auto", device)
     multiplied, copied = limits(precision, device)
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}: multiplies matrices, "
-        f"{precision}, at {multiplied / 1e9:.0f} GFLOP/s; copies at {copied / 1e9:.1f} GB/s"
+        f"{precision}, at {multiplied / 1e9:.0f} GFLOP/s; copies at {copied / 1e9:.1f} GB/s.\n"
+        f"So what does fewer than {multiplied / copied:.0f} operations for each byte it moves (batch norms, "
+        "ReLUs, sums) is bound by memory, and what does more (convolutions) by multiplying."
     )
     rows = []
     for size in args.sizes:
         tried = {n: child("usual", size, args.steps, n, device) for n in args.workers}
         workers = max(tried, key=lambda n: tried[n]["training"])
-        results = dict(usual=[tried[workers]], ours=[child("ours", size, args.steps, 0, device)])
+        results = dict(usual=[tried[workers]], ours=[child("ours", size, args.steps, 1, device)])
         for _ in range(args.rounds - 1):
-            for pipeline in results:
-                results[pipeline].append(child(pipeline, size, args.steps, workers, device))
+            results["usual"].append(child("usual", size, args.steps, workers, device))
+            results["ours"].append(child("ours", size, args.steps, 1, device))
         rows.append(dict(size=size, workers=workers, **results))
         print(f"\n{size} px{'usual pipeline':>34}{'ours':>24}{'ratio':>9}")
-        middle = {}
         for part in ("training", "evaluation", "input", "memory"):
-            text = f"  {part:<12}{'peak GB' if part == 'memory' else 'images/s':<10}"
-            for pipeline in ("usual", "ours"):
-                values = [result[part] / (1e9 if part == "memory" else 1) for result in results[pipeline]]
-                middle[pipeline, part] = statistics.median(values)
-                text += f"{middle[pipeline, part]:10.1f} ({min(values):.1f}–{max(values):.1f})".ljust(24)
-            print(f"{text}{middle['ours', part] / middle['usual', part]:6.2f}×")
+            (usual_rate, text), (our_rate, our_text) = (middle(results[key], part) for key in results)
+            unit = "peak GB" if part == "memory" else "images/s"
+            print(f"  {part:<12}{unit:<10}{text}{our_text}{our_rate / usual_rate:6.2f}×")
         stages = {stage[0]: stage[4] for stage in table(size)}
         operations = 2 * (3 * stages["total"] - stages["conv1"])  # the pictures need no gradient
-        training = middle["ours", "training"]
+        training = middle(results["ours"], "training")[0]
         print(
             f"  the usual with {workers} workers; ours reaches {training * operations / multiplied:.0%} of "
-            f"the matrix rate, and {training / middle['ours', 'input']:.1%} of its time is input",
+            f"the matrix rate, and {training / middle(results['ours'], 'input')[0]:.1%} of its time is input",
             flush=True,
         )
+    print(f"\ntrain.py at {args.sizes[0]} px, its batch of {BATCH} in parts (--accumulate):")
+    in_parts = {}
+    for parts in (1, 2, 4, 8):
+        in_parts[parts] = result = child("ours", args.sizes[0], args.steps, parts, device)
+        print(
+            f"  {parts}: peak {result['memory'] / 1e9:.1f} GB, {result['training']:.1f} images/s", flush=True
+        )
+    scaling = {}
+    if device.type == "cpu":
+        for processes in (1, 2) * args.rounds:
+            result = child("ours", args.sizes[-1], args.steps, 1, device, processes=processes)
+            scaling.setdefault(processes, []).append(result)
+        (one, text), (two, two_text) = (middle(scaling[processes], "training") for processes in (1, 2))
+        print(
+            f"torchrun at {args.sizes[-1]} px, one thread a process: 1 process {text.strip()} images/s, "
+            f"2 processes {two_text.strip()}: {two / one:.2f}×"
+        )
+    start = seconds_to_first_step(args.data)
+    print(f"python train.py begins its first step after {start:.1f} s, with the pictures read before")
     cli.folder(Path(args.json).parent)
-    machine = dict(precision=precision, multiplied=multiplied, copied=copied)
-    Path(args.json).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
+    machine = dict(precision=precision, multiplied=multiplied, copied=copied, start=start)
+    result = dict(machine=machine, rows=rows, in_parts=in_parts, scaling=scaling)
+    Path(args.json).write_text(json.dumps(result, indent=1))
     print(args.json)
 
 

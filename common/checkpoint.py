@@ -25,7 +25,8 @@ def replacing(path):
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {path} ({reason}): make room there, or choose another folder")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # none there, or a disk that has become read-only
+            temporary.unlink()
 
 
 def save(content, path):

@@ -23,6 +23,7 @@ from common.cli import UserError, memory_format
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
 SIDE = 32  # pixels: what a picture is before it is resized for the network
+FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for which PIL starts programs
 PICTURES = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"  # as files are named
 ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 
@@ -87,10 +88,9 @@ def _archive(root):
             train, test = (CIFAR10(root, train=train) for train in (True, False))
         except RuntimeError:  # not unpacked yet, or not whole
             download_url(CIFAR10.url, root, ARCHIVE, CIFAR10.tgz_md5)  # unless it is there
-            with tarfile.open(archive) as tar:
-                tar.extractall(root, filter="data")  # no member leaves the folder
+            _unpack(archive, root / UNPACKED, [name for name, _ in CIFAR10.train_list + CIFAR10.test_list])
             train, test = (CIFAR10(root, train=train) for train in (True, False))
-    except (OSError, RuntimeError, tarfile.TarError) as error:
+    except (OSError, RuntimeError, KeyError, tarfile.TarError) as error:
         raise UserError(
             f"no CIFAR-10 in {root}, and its download failed ({error}): put the python archive or "
             "folders train/<class> and test/<class> there, or try --dataset digits"
@@ -100,6 +100,15 @@ def _archive(root):
         return torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)
 
     return Dataset(*tensors(train), *tensors(test), CIFAR10_CLASSES, "CIFAR-10, python archive")
+
+
+def _unpack(archive, folder, names):
+    """Writes the files with those `names` to the folder: no other member can go anywhere."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(archive) as tar:
+        for name in [*names, "batches.meta"]:
+            with tar.extractfile(f"{UNPACKED}/{name}") as file:
+                (folder / name).write_bytes(file.read())
 
 
 def _pictures(root):
@@ -162,14 +171,14 @@ def read_picture(path):
     """A picture file as uint8 [3, 32, 32]: centre-cropped to a square and shrunk with antialiasing
     where it is not that size already. Raises `UserError` if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits: PIL would cut them off at 255
-                image = image.point(lambda value: value / 256).convert("L")
+                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"no picture {path}: name a picture file or the number of a test picture")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}): mend, replace or remove it")
     return _to_square(image)
 
@@ -202,7 +211,7 @@ def one_picture(image, name, directory, classes):
     `image` is the number of a test picture, a picture file, or None: the first test picture, or,
     where that data is not there, a photograph that scikit-learn ships. `classes` are those that the
     network knows. Raises `UserError`."""
-    if image is not None and not image.isdecimal():
+    if image is not None and not (image.isdecimal() and len(image) < 10):
         return read_picture(image), Path(image).name
     if name == "cifar10" and not Path(directory).is_dir() and str(directory) != "data":
         raise UserError(f"no folder {directory}: name the one that has CIFAR-10 with --data")

@@ -5,9 +5,12 @@ import math
 import socket
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from common.cli import UserError, folder
+
+rcParams["text.parse_math"] = False  # titles have names of files in them, which may have $ in them
 
 
 def save(figure, args, name, bars=None):

@@ -12,6 +12,7 @@ from common import checkpoint, cli, data
 from common.cli import UserError
 from MyResnet import ResNet18
 
+SIZES = range(32, 1025)  # pixels: of what a network can see
 REFERENCE = Path(__file__).parent.parent / "weights" / "resnet18_cifar10.pt"
 
 
@@ -51,6 +52,13 @@ def load_network(path, dataset, device):
         model = ResNet18(num_classes=len(saved["classes"]))
         model.load_state_dict(saved["model"])
         network = Network(model.eval(), *(saved[key] for key in Network._fields[1:]))
+        if not (
+            len(network.mean) == len(network.std) == 3 and min(network.std) > 0 and network.size in SIZES
+        ):
+            raise ValueError
+        numbers = [torch.tensor([*network.mean, *network.std]), *model.state_dict().values()]
+        if not all(tensor.isfinite().all() for tensor in numbers):
+            raise UserError(f"{path} has weights that are not finite: name others with --weights")
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path} was not written by train.py: name a weights.pt of it with --weights")
     except RuntimeError as error:
@@ -110,7 +118,7 @@ def choose_maps(maps, wanted):
     kind, _, count = wanted.partition(":")
     if kind == "strongest" and count.isdecimal() and 0 < int(count) <= maps.shape[1]:
         return strengths(maps).argsort(descending=True)[: int(count)].tolist()
-    if all(number.isdecimal() for number in wanted.split(",")):
+    if all(number.isdecimal() and len(number) < 10 for number in wanted.split(",")):
         return [choose_map(maps, int(number)) for number in wanted.split(",")]
     raise UserError(f"no maps {wanted!r}: --map takes a number, several as 7,43, or strongest:K")
 

@@ -5,8 +5,10 @@ loss.csv, metrics.csv and their curves."""
 
 import contextlib
 import csv
+import io
 import itertools
 import math
+import os
 import re
 import sys
 import time
@@ -44,17 +46,18 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)
+        self.kept = 0  # iterations that last.pt holds
         if saved:
             try:
                 self.model.load_state_dict(saved["model"])
                 self.optimizer.load_state_dict(saved["optimizer"])
                 self.scaler.load_state_dict(saved["scaler"])
-                self.history = saved["history"]
-            except (KeyError, RuntimeError, TypeError, ValueError):
+                self.history |= saved["history"]
+                self.kept = self.iteration
+            except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
                 raise UserError(
                     f"{out / 'last.pt'} is of another network, or damaged: start anew in another --out"
                 )
-        self.kept = self.iteration  # what last.pt holds
         self.saved_at = time.time()  # history["seconds"], those of the unfinished epoch, are up to then
         self.mark = time.perf_counter()  # history["clock"], the seconds of training, is up to then
         self.unsaved = False  # whether the latest save failed
@@ -104,8 +107,10 @@ class Run:
         history["seconds"] += now - self.saved_at
         self.saved_at = now
         state = self.model.state_dict()
-        finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
-        self._check(finite, f"the weights are not finite after iteration {self.iteration}")
+        halves = {name: t.half() if t.ndim > 1 else t for name, t in state.items()}  # not batch norms
+        finite = all(bool(tensor.isfinite().all()) for tensor in halves.values())
+        rate = f", at rate {history['rate'][-1]:.3g}" if history["rate"] else ""
+        self._check(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
         if ranks.RANK:
             return  # the first process writes
         network = self.about | dict(
@@ -115,7 +120,6 @@ class Run:
             size=sizes[max(0, self.iteration - 1) // self.steps],  # the last it was trained at
             accuracy=history["epochs"][-1]["test_accuracy"] if history["epochs"] else None,
         )
-        halves = {name: t.half() if t.ndim > 1 else t for name, t in state.items()}  # not batch norms
         progress = dict(
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), history=history
         )
@@ -151,25 +155,49 @@ class Run:
             raise
 
     def _write_tables(self):
-        history = self.history
-        with open(self.out / "loss.csv", "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["iteration", "loss", "accuracy", "rate"])
-            columns = history["loss"], history["accuracy"], history["rate"]
-            rows.writerows([i, *(f"{value:.6g}" for value in row)] for i, row in enumerate(zip(*columns), 1))
-        if history["epochs"]:
-            with open(self.out / "metrics.csv", "w", newline="") as file:
-                rows = csv.DictWriter(file, list(history["epochs"][0]))
-                rows.writeheader()
-                rows.writerows(history["epochs"])
+        history, epochs = self.history, self.history["epochs"]
+        columns = history["loss"], history["accuracy"], history["rate"]
+        steps = ([i, *(f"{value:.6g}" for value in row)] for i, row in enumerate(zip(*columns), 1))
+        self._write_table("loss.csv", [["iteration", "loss", "accuracy", "rate"], *steps])
+        if epochs:
+            self._write_table("metrics.csv", [epochs[0].keys(), *(row.values() for row in epochs)])
+
+    def _write_table(self, name, rows):
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        with checkpoint.replacing(self.out / name) as file:
+            file.write(text.getvalue().encode())
 
     def _draw_curves(self):
         """Figures 6.1 and 6.2."""
         title = f"ResNet-18, {self.settings['dataset']}, recipe {self.settings['recipe']}"
+        curves = {"loss.png": figures.loss_curve(self.history["loss"], title)}
         if epochs := self.history["epochs"]:
-            figure = figures.accuracy_curve(epochs, self.settings["sizes"][-1], title)
-            figure.savefig(self.out / "accuracy.png", dpi=110)
-        figures.loss_curve(self.history["loss"], title).savefig(self.out / "loss.png", dpi=110)
+            curves["accuracy.png"] = figures.accuracy_curve(epochs, self.settings["sizes"][-1], title)
+        for name, figure in curves.items():
+            with checkpoint.replacing(self.out / name) as file:
+                figure.savefig(file, format="png", dpi=110)
+
+
+@contextlib.contextmanager
+def alone(out):
+    """Within it no other run can write to the folder `out`, where the system has such locks. Raises
+    `UserError` if one does already."""
+    folder = os.open(out, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        if folder:
+            import fcntl
+
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing to {out}: let it end, or choose another --out")
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if folder:
+            os.close(folder)
 
 
 def set_aside(out):
@@ -190,11 +218,14 @@ def resumed(args):
     if not path.is_file():
         raise UserError(f"no run to resume in {args.out}: --out names the folder of one")
     saved = checkpoint.load(path)
-    if not isinstance(saved, dict) or not {"optimizer", "settings"} <= saved.keys():
+    flags = "dataset recipe epochs batch_size size lr seed precision limit holdout".split()
+    try:
+        settings = {flag: saved["settings"]["sizes" if flag == "size" else flag] for flag in flags}
+        saved["optimizer"], saved["history"]["loss"]
+    except (KeyError, TypeError, IndexError):
         raise UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
-    settings = saved["settings"]
-    for flag in "dataset recipe epochs batch_size size lr seed precision limit holdout".split():
-        asked, was = getattr(args, flag), settings["sizes" if flag == "size" else flag]
+    for flag, was in settings.items():
+        asked = getattr(args, flag)
         if flag == "size":
             was = was[0] if len(set(was)) == 1 else "by its recipe"
         if asked not in (None, "auto", was):

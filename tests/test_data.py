@@ -120,12 +120,26 @@ def test_archive_members_stay_in_the_data_folder(tmp_path, monkeypatch):
     (tmp_path / "loot").write_text("loot")
     with tarfile.open(root / CIFAR10.filename, "w:gz") as archive:  # right checksum, wrong intent
         archive.add(tmp_path / "loot", "../escaped")
+        archive.add(root / CIFAR10.base_folder, CIFAR10.base_folder)
+        archive.add(tmp_path / "loot", f"{CIFAR10.base_folder}/../../escaped")
     checksum = hashlib.md5((root / CIFAR10.filename).read_bytes()).hexdigest()
     shutil.rmtree(root / CIFAR10.base_folder)
     monkeypatch.setattr(CIFAR10, "tgz_md5", checksum)
-    with pytest.raises(UserError, match="escaped"):
-        data.load("cifar10", root)
+    assert len(data.load("cifar10", root).test_images) == 20
     assert not (tmp_path / "escaped").exists()
+    assert sorted(p.name for p in tmp_path.rglob("*") if "batch" not in p.name) == [
+        CIFAR10.filename,
+        "data",
+        "loot",
+    ]
+
+
+def test_archive_that_lacks_a_batch_is_named(tmp_path, monkeypatch):
+    make_archive(tmp_path, monkeypatch)
+    shutil.rmtree(tmp_path / CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch_2", "0"]])
+    with pytest.raises(UserError, match=f"no CIFAR-10 in {tmp_path}.*test_batch_2"):
+        data.load("cifar10", tmp_path)
 
 
 def test_download_that_fails_says_so(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import MyResnet
 import Myvisdom
 import test_activations
 import test_featuremaps
@@ -16,6 +17,7 @@ import test_filter
 import test_recon_conv1
 import test_recon_conv5
 import train
+from benchmarks import kill_and_resume
 from common.data import CIFAR10_CLASSES
 from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
 from MyResnet import ResNet18
@@ -45,6 +47,10 @@ def things(run, pictures, tmp_path_factory):
     torch.save(saved | {"model": {}}, "nothing.pt")
     torch.save(saved | {"classes": CIFAR10_CLASSES}, "cifar.pt")
     torch.save(torch.zeros(3), "tensor.pt")
+    broken = {name: value * float("nan") for name, value in saved["model"].items() if name == "fc.weight"}
+    torch.save(saved | {"model": saved["model"] | broken}, "nan.pt")
+    for name, value in dict(mean=(0.5,), std=(1.0, 1.0, 0.0), size=10**7).items():
+        torch.save(saved | {name: value}, f"{name}.pt")
     for path in ("cut", "weights_only", "other", "folder/last.pt", "cut_archive", "labels/train/kitten"):
         (tmp_path / path).mkdir(parents=True)
     half = (tmp_path / "run/last.pt").read_bytes()
@@ -54,6 +60,9 @@ def things(run, pictures, tmp_path_factory):
     torch.save(saved, "weights_only/last.pt")
     last = torch.load("run/last.pt", weights_only=True)
     torch.save(last | {"model": ResNet18(5).state_dict()}, "other/last.pt")
+    for name in ("settings", "history"):
+        (tmp_path / f"no_{name}").mkdir()
+        torch.save(last | {name: {}}, f"no_{name}/last.pt")
     with tarfile.open("cut_archive/cifar-10-python.tar.gz", "w:gz") as archive:
         archive.add("run")
     half = (tmp_path / "cut_archive/cifar-10-python.tar.gz").read_bytes()
@@ -92,7 +101,7 @@ WRONG = [
     (train, "--lr nan", "--lr: nan is not 0 or more"),
     (train, "--lr inf", "--lr: inf is not"),
     (train, "--lr -0.1", "--lr: -0.1 is not"),
-    (train, "--epochs 0", "--epochs: 0 is not 1 or more"),
+    (train, "--epochs 0", "--epochs: 0 is not from 1 to 100000"),
     (train, "--batch-size 1", "--batch-size: 1 is not 2 or more"),
     (train, "--limit 1", "--limit"),
     (train, "--holdout 0", "--holdout"),
@@ -149,6 +158,20 @@ WRONG = [
     (test_featuremaps, "--weights run/weights.pt --image bomb.png", "bomb.png cannot be read as a picture"),
     (test_featuremaps, "--weights run/weights.pt --image 0 --data nowhere", "no folder nowhere"),
     (test_activations, "--weights run/weights.pt --dataset digits --image ²", "no picture ²"),
+    (test_filter, "--weights nan.pt", "nan.pt has weights that are not finite"),
+    (test_filter, "--weights mean.pt", "mean.pt was not written by train.py"),
+    (test_filter, "--weights std.pt", "std.pt was not written by train.py"),
+    (train, "--evaluate --dataset digits --weights size.pt", "size.pt was not written by train.py"),
+    (train, "--resume --dataset digits --out no_settings", "no_settings/last.pt is no checkpoint of a run"),
+    (train, "--resume --dataset digits --out no_history", "no_history/last.pt is no checkpoint of a run"),
+    (train, f"{TRAIN} --out run --accumulate 33", "66 pictures a batch are the least for 1 process and"),
+    (train, f"{TRAIN} --accumulate 0", "--accumulate: 0 is not 1 or more"),
+    (train, f"{TRAIN} --sync-bn", "--sync-bn needs torchrun and CUDA"),
+    (train, "--epochs 1000000000000", "--epochs: 1000000000000 is not from 1 to 100000"),
+    (test_activations, f"{DIGITS} --image {'9' * 5000}", "cannot be read as a picture"),
+    (MyResnet, "--what", "unrecognized arguments: --what"),
+    (kill_and_resume, "--kills 0", "--kills: 0 is not 1 or more"),
+    (reconstruct, f"{DIGITS} --map {'9' * 5000}", "--map takes a number"),
     (reconstruct, f"{DIGITS} --layer fc", "no layer 'fc' with maps: --layer takes conv1, conv2_x"),
     (reconstruct, f"{DIGITS} --map best", "no maps 'best': --map takes a number, several as 7,43"),
     (reconstruct, f"{DIGITS} --map 512", "--map takes 0 to 511"),
@@ -167,7 +190,7 @@ def files(place):
 
 
 @pytest.mark.parametrize(
-    "script, flags, message", WRONG, ids=lambda value: getattr(value, "__name__", str(value))
+    "script, flags, message", WRONG, ids=lambda value: getattr(value, "__name__", str(value))[:60]
 )
 def test_wrong_input_gets_one_line(script, flags, message, place, capsys):
     before = files(place)

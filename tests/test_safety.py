@@ -1,7 +1,9 @@
 """Whatever happens to a run, it is finished or can go on; and what is read runs nothing."""
 
+import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch
 import test_filter
 import train
 from benchmarks import kill_and_resume
-from common import data
-from common.run import set_aside
+from common import checkpoint, data
+from common.run import alone, set_aside
 
 SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
 STEPS = 3  # in an epoch of it
@@ -47,7 +49,7 @@ def at_step(monkeypatch):
 
 
 def test_killed_anywhere_it_ends_as_if_nothing_had_been(capfd):
-    kill_and_resume.main(["--kills", "2", "--epochs", "4", "--seed", "1"])
+    kill_and_resume.main(["--kills", "2", "--epochs", "3", "--seed", "1"])
     assert "2 kills" in (printed := capfd.readouterr().out)
     assert "bit-equal to the undisturbed run: yes" in printed
 
@@ -96,35 +98,45 @@ def test_second_interrupt_stops_at_once(tmp_path, at_step, capsys):
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A disk that is full while disk["full"] is true."""
-    state, real = dict(full=False), os.fsync
+    """A disk that is full while disk["full"] is true, and read-only while disk["read-only"] is."""
+    state, sync, unlink = {"full": False, "read-only": False}, os.fsync, type(Path()).unlink
 
     def fsync(file):
         if state["full"]:
-            raise OSError(28, "No space left on device")
-        return real(file)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return sync(file)
+
+    def changed(path, real, *args, **options):
+        if state["read-only"]:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, *args, **options)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint, "open", lambda p, *args: changed(p, open, *args), raising=False)
+    monkeypatch.setattr(type(Path()), "unlink", lambda p, **options: changed(p, unlink, **options))
     return state
 
 
-def test_disk_that_is_full_for_a_while(tmp_path, at_step, disk, capsys):
+@pytest.mark.parametrize(
+    "state, reason", [("full", "No space left on device"), ("read-only", "Read-only file system")]
+)
+def test_disk_that_is_full_for_a_while(state, reason, tmp_path, at_step, disk, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     start(whole, "--epochs", "3")
     kept = []
 
     def full():
-        disk["full"] = True
+        disk[state] = True
 
     def empty():
-        disk["full"] = False
+        disk[state] = False
         kept.append(len(last(out)["history"]["loss"]))
 
     at_step({5: full, 8: empty})  # so the save after the second epoch fails
     capsys.readouterr()
     assert not start(out, "--epochs", "3")
     message = capsys.readouterr().err
-    assert f"cannot write {out}/last.pt (No space left on device)" in message
+    assert f"cannot write {out}/last.pt ({reason})" in message
     assert f"{out}/last.pt has iteration 3; training goes on" in message
     assert kept == [3] and same_end(whole, out)
     assert not list(out.glob("*.tmp"))
@@ -180,7 +192,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "--epochs", "3")
     assert stop.value.code == 2
-    assert "weights are not finite after iteration 6: the run stops" in capsys.readouterr().err
+    assert "weights are not finite after iteration 6, at rate 0.0556: the run stops" in capsys.readouterr().err
     saved = last(tmp_path)
     assert len(saved["history"]["loss"]) == STEPS
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
@@ -228,6 +240,31 @@ def test_earlier_run_is_whole_when_moving_it_is_cut_off(run, tmp_path, monkeypat
         (out / path.name).touch()
     set_aside(out)
     assert moved[-1] == "last.pt" and "weights.pt" in moved
+
+
+def test_folder_of_a_run_is_its_own(tmp_path, capsys):
+    with alone(tmp_path), pytest.raises(SystemExit) as stop:
+        start(tmp_path, "--epochs", "1")
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert f"another run is writing to {tmp_path}: let it end" in capsys.readouterr().err
+    start(tmp_path, "--epochs", "1")
+
+
+def test_tables_are_whole_when_the_disk_is_full(tmp_path, monkeypatch):
+    """csv.writer's output goes through `replacing` too."""
+    start(tmp_path, "--epochs", "1")
+    before = {name: (tmp_path / name).read_bytes() for name in ("loss.csv", "metrics.csv", "loss.png")}
+    real = checkpoint.replacing
+
+    def replacing(path):
+        if path.suffix != ".pt":
+            monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "full")))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "replacing", replacing)
+    with pytest.raises(SystemExit):
+        start(tmp_path, "--epochs", "1", "--resume", "--save-every", "0")
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
 
 
 def test_leftovers_of_a_killed_save_go_at_the_next_start(tmp_path):

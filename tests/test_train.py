@@ -60,6 +60,7 @@ def test_same_seed_same_weights_other_seed_others(tmp_path):
         (2, signal.SIGINT, 130, ""),  # within the first epoch
         (3, signal.SIGINT, 130, ""),  # after its last step
         (5, signal.SIGTERM, 143, ""),  # within the second
+        (4, signal.SIGHUP, 129, ""),  # the terminal is closed
         (2, signal.SIGTERM, 143, "--precision fp16 --limit 24 --batch-size 8"),  # with a scaler
     ],
 )
