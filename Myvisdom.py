@@ -103,8 +103,9 @@ def connect(port, environment, **options):
 
 def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
     """A pane of plotly traces, called `title`."""
-    layout = dict(margin=dict(l=52, r=14, t=10, b=40), showlegend=len(traces) > 1) | layout
-    layout["legend"] = dict(orientation="h", x=0, y=1.12)
+    legend = len(traces) > 1
+    layout = dict(margin=dict(l=52, r=14, t=30 if legend else 10, b=40), showlegend=legend) | layout
+    layout["legend"] = dict(orientation="h", x=0, y=1, yanchor="bottom", bgcolor="rgba(0, 0, 0, 0)")
     for axis, text in (("xaxis", x), ("yaxis", y)):
         layout[axis] = dict(title=text) | layout.get(axis, {})
     opts = dict(title=title, width=size[0], height=size[1])
@@ -220,17 +221,16 @@ class Page:
         def line(x, y, name, **options):
             return dict(x=x.tolist(), y=y.tolist(), name=name, type="scatter", mode="lines", **options)
 
-        raw = line(x[::every], loss[::every], "each iteration", line=dict(color="#b5c9e0", width=1))
-        mean = line(
-            x[window - 1 :: every], smooth[::every], f"mean of {window}", line=dict(color="#1f4e8c", width=2)
-        )
+        # Colours are left to plotly, which gives others to another run that one compares this with.
+        raw = line(x[::every], loss[::every], "each iteration", opacity=0.4, line=dict(width=1))
+        mean = line(x[window - 1 :: every], smooth[::every], f"mean of {window}")
         draw(self._client, "Train Loss", [raw, mean], "iteration", "loss", yaxis=dict(rangemode="tozero"))
-        rate = line(x[::every], rates[::every], "learning rate", line=dict(color="#e4572e"))
-        size = line(x[::every], sizes[::every], "picture size, px", yaxis="y2", line=dict(color="#8d99ae"))
+        rate = line(x[::every], rates[::every], "learning rate")
+        size = line(x[::every], sizes[::every], "picture size, px", yaxis="y2")
         right = dict(overlaying="y", side="right", rangemode="tozero", showgrid=False)
         draw(
             self._client, "Learning Rate", [rate, size], "iteration", size=(290, 335), yaxis2=right,
-            margin=dict(l=52, r=40, t=10, b=40),
+            margin=dict(l=52, r=40, t=30, b=40),
         )  # fmt: skip
         draw(
             self._client, "Speed", [line(x[::some][1:], speed, "")], "iteration", "images/s", (240, 335),
@@ -243,12 +243,12 @@ class Page:
             dict(
                 x=[row["epoch"] for row in rows if row[key] is not None],
                 y=[100 * row[key] for row in rows if row[key] is not None],
-                name=name, type="scatter", mode="lines+markers", line=dict(color=colour),
+                name=name, type="scatter", mode="lines+markers",
             )
-            for key, name, colour in (
-                ("test_accuracy", "validation", "#1f4e8c"),
-                ("train_accuracy", "training", "#e4572e"),
-                ("last_size_accuracy", f"at {self.settings['sizes'][-1]} px", "#2a9d8f"),
+            for key, name in (
+                ("test_accuracy", "validation"),
+                ("train_accuracy", "training"),
+                ("last_size_accuracy", f"at {self.settings['sizes'][-1]} px"),
             )
         ]  # fmt: skip
         draw(self._client, "Validation Accuracy", traces, "epoch", "%", xaxis=dict(dtick=1 + len(rows) // 12))
@@ -271,7 +271,9 @@ class Page:
             for key, value in (progress | self.settings | {"sizes": schedule(self.settings["sizes"])}).items()
         )
         opts = dict(title="Run", width=290, height=335)
-        self._client.text(f"<table style='font-size:12px'>{cells}</table>", win="Run", opts=opts)
+        self._client.text(
+            f"<table style='font-size:11px;line-height:1.25'>{cells}</table>", win="Run", opts=opts
+        )
 
     def _draw_confusion(self, labels, logits):
         from sklearn.metrics import confusion_matrix  # takes a second to import: not at every start
@@ -284,9 +286,9 @@ class Page:
         )  # fmt: skip
         axis = dict(type="category", dtick=1, tickfont=dict(size=9))
         draw(
-            self._client, "Confusion", [trace], "the network says", "", (330, 335),
+            self._client, "Confusion", [trace], "the network says", "it is", (330, 335),
             yaxis=axis | dict(autorange="reversed"), xaxis=axis,
-            margin=dict(l=66, r=6, t=6, b=70),
+            margin=dict(l=80, r=6, t=6, b=70),
         )  # fmt: skip
 
     def _draw_mistakes(self, images, labels, logits):
@@ -313,7 +315,9 @@ def show(port, name, file, bars=None):
         if bars:
             title, values, label = bars
             hover = "map %{x}: %{y:.4f}<extra></extra>"
-            trace = dict(type="bar", y=values.tolist(), hovertemplate=hover, marker=dict(color="#4c78a8"))
+            colours = ["#4c78a8"] * len(values)
+            colours[values.argmax()] = "#e4572e"
+            trace = dict(type="bar", y=values.tolist(), hovertemplate=hover, marker=dict(color=colours))
             draw(client, title, [trace], "feature map", label, (620, 300))
         else:
             image = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)

@@ -17,8 +17,8 @@ def main(argv=None):
             maps[0],
             columns=8 if count == 64 else 32,
             title=f"The {count} feature maps of {layer}, {height}×{width} each ({name})",
-            scale=maps.max(),
-            label="activation (one scale for all maps)",
+            scale=maps.quantile(0.995),
+            label="activation (one scale for all maps; the top 0.5 % is cut off)",
         )
         figures.save(figure, args, f"featuremaps_{layer}.png")
 

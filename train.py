@@ -192,10 +192,10 @@ def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
             plan = data.plan(
                 len(images), batch_size, settings["seed"], epoch, settings["shift"], settings["flip"], device
             )
-            bar = tqdm(
+            bar = stack.enter_context(tqdm(
                 total=steps * batch_size, initial=first * batch_size, unit=" images", leave=False,
                 desc=f"epoch {epoch + 1}/{epochs}, {size} px", dynamic_ncols=True, disable=ranks.RANK > 0,
-            )  # fmt: skip
+            ))  # fmt: skip
             run.mark = time.perf_counter()
             unread = None  # the last step's result: read while the device does the next step
             for step, batch in enumerate(plan[first:], first):

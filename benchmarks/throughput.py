@@ -1,10 +1,13 @@
 """Images a second of training, evaluation and input preparation: the assignment's pipeline as it is usually
 written against train.py's own, in child processes that take turns: python -m benchmarks.throughput
 
-Also what many processes gain, what batches in parts save, and how soon the first step begins."""
+Also what the live page and saving cost, what many processes gain, what batches in parts save, and how soon
+the first step begins."""
 
+import functools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -83,12 +86,13 @@ def usual(size, steps, workers, device):
     return rates
 
 
-def ours(size, steps, parts, device):
-    """train.py's own loop, with batches in `parts`, and its evaluation."""
+def ours(size, steps, parts, device, page=False):
+    """train.py's own loop, with batches in `parts` and perhaps a live `page`, and its evaluation."""
     images, labels = (tensor.to(device) for tensor in noise(steps * BATCH))
     few = images[:BATCH], labels[:BATCH]
     dataset = data.Dataset(images, labels, *few, data.CIFAR10_CLASSES, "noise")
     settings = train.new_settings(train.parse(f"--epochs 1 --size {size}".split()), device)
+    settings["name"] = "throughput"
     marks = []
 
     class Timed(Run):
@@ -101,8 +105,11 @@ def ours(size, steps, parts, device):
 
     with tempfile.TemporaryDirectory() as out:
         run = Timed(settings, dataset, Path(out), device)
-        train.train(run, dataset, device, None, 60, parts)
-    rates = dict(training=rate(marks[:-1]))  # the last was only read after its step
+        train.train(run, dataset, device, free_port() if page else None, 60, parts)
+        began = time.perf_counter()
+        Run.save(run, curves=True)
+        saving = time.perf_counter() - began
+    rates = dict(training=rate(marks[:-1]), saving=saving)  # the last was only read after its step
     began = time.perf_counter()
     train.evaluate(run.model, images, labels, size, settings)
     rates["evaluation"] = len(images) / (time.perf_counter() - began)
@@ -155,9 +162,10 @@ def child(*values, processes=None):
 
 def measure(pipeline, size, steps, option, name):
     """What a child prints."""
-    device = cli.device(name) if pipeline == "ours" else torch.device(name)  # no settings for the usual
+    device = torch.device(name) if pipeline == "usual" else cli.device(name)  # no settings for the usual
     with ranks.joined(device):
-        rates = (ours if pipeline == "ours" else usual)(int(size), int(steps), int(option), device)
+        pipelines = dict(usual=usual, ours=ours, page=functools.partial(ours, page=True))
+        rates = pipelines[pipeline](int(size), int(steps), int(option), device)
         print(json.dumps(rates | dict(memory=peak_memory(device))))
 
 
@@ -174,6 +182,12 @@ def seconds_to_first_step(folder):
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             took.append(float(result.stdout.split()[-1]) - began)
     return statistics.median(took[1:])
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def middle(results, part):
@@ -246,11 +260,26 @@ def main(argv=None):
             f"torchrun at {args.sizes[-1]} px, one thread a process: 1 process {text.strip()} images/s, "
             f"2 processes {two_text.strip()}: {two / one:.2f}×"
         )
+    pairs = [
+        [
+            child(pipeline, args.sizes[-1], 2 * args.steps, 1, device)["training"]
+            for pipeline in ("page", "ours")
+        ]
+        for _ in range(args.rounds)
+    ]
+    ratios = [page / without for page, without in pairs]
+    print(
+        f"with the live page, {args.sizes[-1]} px: {statistics.median(ratios):.3f} × the images/s without it "
+        f"({min(ratios):.3f}–{max(ratios):.3f}, pairs)",
+        flush=True,
+    )
+    saving = statistics.median(result["saving"] for row in rows for result in row["ours"])
+    print(f"a save with its curves takes {saving:.2f} s: {saving / 300:.2%} of the five minutes between two")
     start = seconds_to_first_step(args.data)
     print(f"python train.py begins its first step after {start:.1f} s, with the pictures read before")
     cli.folder(Path(args.json).parent)
     machine = dict(precision=precision, multiplied=multiplied, copied=copied, start=start)
-    result = dict(machine=machine, rows=rows, in_parts=in_parts, scaling=scaling)
+    result = dict(machine=machine, rows=rows, in_parts=in_parts, scaling=scaling, page=ratios)
     Path(args.json).write_text(json.dumps(result, indent=1))
     print(args.json)
 

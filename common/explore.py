@@ -1,6 +1,7 @@
 """A visdom page to look inside a network with: choose a layer, a picture and a method, click a map."""
 
 import math
+import random
 import time
 
 import matplotlib
@@ -13,7 +14,8 @@ from Myvisdom import address, connect, draw, end_server, listening, png, start_s
 
 LAYERS = inside.STAGES
 METHODS = list(inside.RELU_BACKWARD)
-SIDE = 480  # pixels of the grid of maps, about
+SIDE = 480  # pixels of the grid of maps
+LISTED = 100  # test pictures to choose from by name; the others come at random
 
 
 class Explorer:
@@ -29,16 +31,15 @@ class Explorer:
     def on_property(self, event):
         if event["event_type"] != "PropertyUpdate":
             return
-        try:
-            value = int(float(event["value"]))
-        except ValueError:  # half typed
-            return
-        if event["propertyId"] == 0:
-            self.layer = LAYERS[value]
-        elif event["propertyId"] == 1:
-            self.number = min(max(value, 0), len(self.images) - 1)
+        name, value = self.properties[event["propertyId"]]["name"], event["value"]
+        if name == "layer":
+            self.layer = LAYERS[int(value)]
+        elif name == "method":
+            self.method = METHODS[int(value)]
+        elif name == "test picture":
+            self.number = self.numbers[int(value)]
         else:
-            self.method = METHODS[value]
+            self.number = random.randrange(len(self.images))
         self.look()
 
     def on_click(self, event):
@@ -47,20 +48,25 @@ class Explorer:
             return
         column, row = int(place["x"] // self.cell), int((place["y"] - self.above) // self.cell)
         chosen = row * self.columns + column
-        if column < self.columns and 0 <= chosen < self.maps.shape[1]:
+        if column < self.columns and 0 <= chosen < self.maps.shape[1] and chosen != self.chosen:
             self.show_map(chosen)
 
     def look(self):
         """Everything, for the picture and the layer that are chosen, and the map that is strongest there."""
-        self.client.properties(
-            [
-                dict(type="select", name="layer", value=LAYERS.index(self.layer), values=LAYERS),
-                dict(type="number", name="test picture", value=str(self.number)),
-                dict(type="select", name="method", value=METHODS.index(self.method), values=METHODS),
-            ],
-            win="Choose",
-            opts=dict(title="Choose", width=280, height=150),
-        )
+        self.numbers = sorted({*range(min(LISTED, len(self.images))), self.number})
+        names = [f"{n}: {self.network.classes[self.labels[n]]}" for n in self.numbers]
+
+        def choice(name, values, chosen):
+            return dict(type="select", name=name, value=chosen, values=values)
+
+        self.properties = [  # no field to type in: where a pane has a picture, visdom swallows every key
+            choice("layer", LAYERS, LAYERS.index(self.layer)),
+            choice("test picture", names, self.numbers.index(self.number)),
+            dict(type="button", name="or any other", value="at random"),
+            choice("method", METHODS, METHODS.index(self.method)),
+        ]
+        opts = dict(title="Choose", width=280, height=180)
+        self.client.properties(self.properties, win="Choose", opts=opts)
         self.x = self.network.prepare(self.images[self.number])
         with torch.no_grad():
             (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
@@ -76,18 +82,21 @@ class Explorer:
         self.columns = math.ceil(math.sqrt(count))
         self.cell = SIDE // self.columns
         cells = F.interpolate(self.maps, self.cell - 1)[0].cpu()  # a line between them
-        sheet = coloured(figures.tile(cells.numpy(), self.columns, 1), float(cells.max()))
+        tiles = figures.tile(cells.numpy(), self.columns, 1)
+        sheet = np.full((SIDE, SIDE), np.nan)  # as large for every layer: visdom keeps a pane as it was first
+        sheet[: tiles.shape[0], : tiles.shape[1]] = tiles
+        sheet = coloured(sheet, float(cells.max()))
         # visdom makes panes a multiple of 15 px less 10 high, with 15 px of title, and centres the picture
         # as if there were none
-        side = self.cell * self.columns
-        height = 15 * math.ceil((side + 60) / 15) - 10
-        self.above = (height - side) / 2
-        opts = dict(title=f"The {count} maps of {self.layer}: click one", width=side, height=height - 15)
+        height = 15 * math.ceil((SIDE + 60) / 15) - 10
+        self.above = (height - SIDE) / 2
+        title = f"The {count} maps of {self.layer}: double-click one"  # a pane's first click only chooses it
+        opts = dict(title=title, width=SIDE, height=height - 15)
         self.client.image(sheet, win="Maps", opts=opts)
 
     def show_map(self, chosen):
         """The map, its column in the chart, and the pattern that it responded to."""
-        strengths = inside.strengths(self.maps).cpu()
+        self.chosen, strengths = chosen, inside.strengths(self.maps).cpu()
         feature_map = self.maps[0, chosen].cpu()
         pattern = inside.reconstruct(self.network.model, self.x, self.layer, chosen, self.method).cpu()
         pattern = (255 * figures.neutral(pattern)).to(torch.uint8)
@@ -104,6 +113,7 @@ class Explorer:
         hover = "map %{x}: %{y:.4f}<extra></extra>"
         bars = dict(type="bar", y=strengths.tolist(), hovertemplate=hover, marker=dict(color=colours))
         mark = dict(x=chosen, y=float(strengths[chosen]), text=f"map {chosen}", font=dict(color="#b03a16"))
+        mark |= dict(showarrow=False, yshift=9)
         draw(
             self.client, "Strengths", [bars], "feature map", "mean activation", (495, 250), bargap=0,
             annotations=[mark],
@@ -147,6 +157,8 @@ def explore(args):
                 )
             print(f"look inside: {address(args.port)}/env/explore (Ctrl-C ends it)", flush=True)
             while not signals:
-                time.sleep(0.2)
+                time.sleep(1)
+                if not listening(args.port):
+                    raise cli.UserError("the visdom server has ended, and the page with it: start this again")
     finally:
         end_server(server)

@@ -59,7 +59,7 @@ def grid(cells, columns, title, scale=None, label="", signed=False):
     rgb = cells.dim() == 4
     cells = (cells.permute(0, 2, 3, 1) if rgb else cells).numpy()
     n, h, w = cells.shape[:3]
-    gap = 1
+    gap = 1 + w // 40
     sheet = tile(cells, columns, gap)
     width = 9
     height = width * sheet.shape[0] / sheet.shape[1] * (0.95 if rgb else 0.88) + 0.9
@@ -91,7 +91,7 @@ def column_chart(values, marked, title, label):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(values)), values, width=1.0 if len(values) > 100 else 0.8, color="#4c78a8")
-    axes.bar(marked, values[marked], width=max(0.8, len(values) / 250), color="#e4572e")
+    axes.bar(marked, values[marked], width=1.0 if len(values) > 100 else 0.8, color="#e4572e")
     axes.annotate(
         f"map {marked}: {values[marked]:.3f}",
         (marked, values[marked]),
@@ -145,7 +145,7 @@ def loss_curve(losses, title):
         axes.plot(
             np.arange(window, len(losses) + 1), mean, color="#1f4e8c", label=f"mean of the last {window}"
         )
-    axes.set(title=title, xlabel="iteration", ylabel="training loss", ylim=(0, None))
+    axes.set(title=f"Training loss ({title})", xlabel="iteration", ylabel="training loss", ylim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     return figure
@@ -177,9 +177,9 @@ def accuracy_curve(epochs, last_size, title):
                 f"{row['size']} px", (left, 0.01), xycoords=("data", "axes fraction"), fontsize=8,
                 color="grey", xytext=(3, 0), textcoords="offset points",
             )  # fmt: skip
-    axes.set(title=title, xlabel="epoch", ylabel="accuracy, %")
+    axes.set(title=f"Accuracy after each epoch ({title})", xlabel="epoch", ylabel="accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     axes.grid(alpha=0.3)
     return figure
 

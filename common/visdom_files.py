@@ -6,12 +6,13 @@ packages by npm, and a file is there whole or not at all."""
 
 import contextlib
 import json
+import queue
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-import time
+import threading
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,13 +76,11 @@ def missing():
     return {path: address for path, address in files.items() if not whole(path)}
 
 
-def from_the_web(files, seconds=60):
+def from_the_web(files):
     """{path: content}, or an OSError, which those of requests are."""
-    contents, end = {}, time.monotonic() + seconds
+    contents = {}
     with requests.Session() as session:
         for path, address in files.items():
-            if time.monotonic() > end:
-                raise TimeoutError
             answer = session.get(address, timeout=5)
             answer.raise_for_status()
             contents[path] = answer.content
@@ -97,7 +96,7 @@ def in_a_package(address):
     raise LookupError(address)
 
 
-def from_npm(files, seconds=90):
+def from_npm(files):
     """{path: content}, or an OSError or an error of subprocess, tarfile or looking a key up."""
     places = {path: in_a_package(address) for path, address in files.items()}
     packages = sorted({package for package, _ in places.values()})
@@ -105,7 +104,7 @@ def from_npm(files, seconds=90):
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", "--json", "--fetch-retries=0", *packages]
         done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=True
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True
         )
         archives = {}
         for package, packed in zip(packages, json.loads(done.stdout)):
@@ -119,16 +118,37 @@ def from_npm(files, seconds=90):
     return contents
 
 
+def within(seconds, work, *args):
+    """What `work` returns or raises, or a TimeoutError: then it is left to a thread that ends with the
+    process. The time limits of sockets do not help where an answer drips."""
+    results = queue.SimpleQueue()
+
+    def run():
+        try:
+            results.put((work(*args), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError
+    if error:
+        raise error
+    return result
+
+
 def ensure():
-    """Fetches what is missing. Raises `UserError` if that cannot be had."""
+    """Fetches what is missing, in at most a minute and a half. Raises `UserError` if it cannot be had."""
     if not (files := missing()):
         return
     print("fetching the files of visdom's page, once …", flush=True)
-    for fetch in (from_the_web, from_npm):
+    for fetch, seconds in ((from_the_web, 30), (from_npm, 60)):
         with contextlib.suppress(
             OSError, subprocess.SubprocessError, tarfile.TarError, ValueError, LookupError
         ):  # those of requests are OSErrors
-            contents = fetch(files)
+            contents = within(seconds, fetch, files)
             break
     else:
         raise UserError(

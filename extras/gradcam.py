@@ -52,7 +52,7 @@ def main(argv=None):
     others = [network.classes.index(other) for other in args.names] or order[1:2]
     numbers = list(dict.fromkeys([order[0], *others]))
     evidence = [gradcam(network.model, x, number) for number in numbers]
-    titles = [f"for {network.classes[n]} ({probabilities[n]:.1%})" for n in numbers]
+    titles = [f"for {network.classes[n]} (probability {probabilities[n]:.1%})" for n in numbers]
     figures.save(draw(picture, evidence, titles, name), args, "gradcam.png")
 
 

@@ -1,5 +1,5 @@
-"""What would excite a feature map most: a picture that gradient ascent finds from noise, among the smooth
-ones and under small random transforms (Olah, Mordvintsev, Schubert 2017,
+"""What would excite a feature map most: a picture that gradient ascent finds from noise, in frequencies and
+colours that vary independently, and under small random transforms (Olah, Mordvintsev, Schubert 2017,
 https://distill.pub/2017/feature-visualization).
 
 python -m extras.maximize --layer conv4_x --map 7,43"""
@@ -68,9 +68,13 @@ def maximize(network, layer, number, steps=200, seed=0):
         goal = mean_activation(network, jiggled(picture_of(values), generator), layer, number, leak=0.01)
         (values.grad,) = torch.autograd.grad(-goal, values)
         optimizer.step()
-    with torch.no_grad():
-        picture = picture_of(values)
-        return picture[0], float(mean_activation(network, picture, layer, number))
+    with torch.no_grad():  # ascent does not find the plain colour that some maps of conv1 like best
+        colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], device=values.device)] * 3)
+        plain = colours[:, :, None, None].expand(-1, -1, network.size, network.size)
+        pictures = torch.cat((picture_of(values), plain))
+        activations = [mean_activation(network, p[None], layer, number) for p in pictures]
+        best = max(range(len(pictures)), key=activations.__getitem__)
+        return pictures[best], float(activations[best])
 
 
 @cli.command

@@ -19,7 +19,7 @@ def draw(args, layer, wanted, unit="map"):
         pattern = inside.reconstruct(network.model, x, layer, number, args.method, unit)
         strength = inside.strengths(maps)[number]
         title = f"What map {number} of {layer} responded to"
-        how = f"the pattern, by {inside.METHOD_NAMES[args.method]}"
+        how = f"the pattern, by {inside.METHOD_NAMES[args.method]} (grey is zero)"
         if unit == "map":
             captions = name, f"map {number} of {layer}, mean activation {strength:.3f}", how
             figure = figures.picture_and_pattern(picture, maps[0, number], pattern, title, captions)
@@ -49,7 +49,7 @@ def close_up(picture, pattern, box, title, name, how):
     figures.show(axes[2], figures.neutral(pattern))
     for axis in axes[1:]:
         axis.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
-    size = f"{right - left}×{bottom - top} px"
+    size = "{}×{} of {}×{} px".format(right - left, bottom - top, *pattern.shape[:0:-1])
     for axis, caption in zip(axes, (name, f"where 90 % of the pattern is: {size}", how)):
         axis.set_xlabel(caption)
     figure.suptitle(title)

@@ -13,6 +13,8 @@ from skimage.metrics import structural_similarity
 from common import cli, figures, inside
 from MyResnet import ResNet18
 
+SEEDS = 5  # networks that are randomised in different ways, for each column
+
 
 def randomised(model, stages, seed=0):
     """A copy of the network with those stages as before training."""
@@ -46,26 +48,37 @@ def main(argv=None):
     stages = inside.STAGES[
         inside.STAGES.index(args.layer) :: -1
     ]  # those that the map depends on, from the top
-    networks = [randomised(network.model, stages[:count]) for count in range(len(stages) + 1)]
     columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
 
-    figure = figures.Figure(figsize=(2 * len(columns), 6.8), layout="constrained")
-    figure.suptitle(f"What map {number} of {args.layer} responded to ({name}), as its network becomes random")
+    figure = figures.Figure(figsize=(2.1 * len(columns), 7), layout="constrained")
+    figure.suptitle(
+        f"What map {number} of {args.layer} responded to ({name}), as its network becomes random\n"
+        f"(grey is zero; likeness to the trained network's pattern: mean and range of {SEEDS} networks)"
+    )
     axes = figure.subplots(len(inside.RELU_BACKWARD), len(columns))
-    for row, method in zip(axes, inside.RELU_BACKWARD):
-        patterns = [inside.reconstruct(model, x, args.layer, number, method) for model in networks]
-        if not patterns[0].any():
-            raise cli.UserError(f"map {number} of {args.layer} is silent on this picture: choose another")
-        row[0].set_ylabel(inside.METHOD_NAMES[method])
-        said = []
-        for axis, column, pattern in zip(row, columns, patterns):
-            figures.show(axis, figures.neutral(pattern))
-            rank, ssim = similarity(patterns[0], pattern)
-            axis.set_xlabel(f"rank correlation {rank:.2f}\nSSIM {ssim:.2f}", fontsize=8)
-            said.append(f"{column} {rank:.2f} {ssim:.2f}")
-        print(f"{method}, rank correlation and SSIM: {', '.join(said[1:])}")
-    for axis, column in zip(axes[0], columns):
-        axis.set_title(column, fontsize=10)
+    said = {method: [] for method in inside.RELU_BACKWARD}
+    trained = {}
+    for count, (column, axes_of_column) in enumerate(zip(columns, axes.T)):
+        axes_of_column[0].set_title(column, fontsize=10)
+        models = [randomised(network.model, stages[:count], seed) for seed in range(SEEDS if count else 1)]
+        for method, axis in zip(inside.RELU_BACKWARD, axes_of_column):
+            patterns = [inside.reconstruct(model, x, args.layer, number, method) for model in models]
+            figures.show(axis, figures.neutral(patterns[0]))
+            if not count:
+                trained[method] = patterns[0]
+                axis.set_ylabel(inside.METHOD_NAMES[method])
+                if not patterns[0].any():
+                    raise cli.UserError(f"map {number} of {args.layer} is silent here: choose another")
+                continue
+            likeness = zip(*(similarity(trained[method], pattern) for pattern in patterns))
+            rank, ssim = (
+                f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+                for values in likeness
+            )
+            axis.set_xlabel(f"rank correlation {rank}\nSSIM {ssim}", fontsize=7)
+            said[method].append(f"{column} {rank} {ssim}")
+    for method, texts in said.items():
+        print(f"{method}, rank correlation and SSIM: {', '.join(texts)}")
     figures.save(figure, args, f"sanity_{args.layer}_map{number}.png")
 
 

@@ -95,7 +95,8 @@ def nine_and_nine(places, values, number, args):
     (picture [3, h, w], pattern [3, h, w], both in 0 … 1, class)."""
     figure = figures.Figure(figsize=(11, 6.2), layout="constrained")
     figure.suptitle(f"What map {number} of {args.layer} responds to most, of all test pictures")
-    titles = "what it sees there", f"the pattern in it, by {inside.METHOD_NAMES[args.method]}"
+    how = inside.METHOD_NAMES[args.method]
+    titles = "what it sees there, and its activation", f"the pattern in it, by {how} (grey is zero)"
     for i, (part, title) in enumerate(zip(figure.subfigures(1, 2), titles)):
         part.suptitle(title, fontsize=10)
         for axis, place, value in zip(part.subplots(3, 3).flat, places, values):

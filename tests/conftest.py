@@ -9,8 +9,9 @@ from PIL import Image
 
 import train
 from common import data
+from common.run import Run
 
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,12 @@ def pictures(tmp_path_factory):
                 picture[:, :, label % 3] += np.uint8(5 * label)
                 Image.fromarray(picture).save(folder / f"{i:04}.png")
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing them after each epoch takes longer than these epochs; those of `run` are drawn."""
+    monkeypatch.setattr(Run, "_draw_curves", lambda run: None)
 
 
 @pytest.fixture

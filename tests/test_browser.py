@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import test_activations
 from common import data, inside, visdom_files
 from common.cli import UserError
 
@@ -97,6 +99,7 @@ def test_training_page_has_every_pane_and_grows(page, start):
     assert all(count > 0 for title in curves for count in first[title] if title != "Validation Accuracy")
     page.wait_for_timeout(5_000)
     later = page.evaluate(PANES)
+    assert later["Confusion"] == [10] and page.locator(".window img").count() > 0  # a row a class; mistakes
     assert later["Train Loss"][0] > first["Train Loss"][0] > 0
     assert later["Validation Accuracy"][0] > first["Validation Accuracy"][0]
     for name in wanted:  # on the screen, without scrolling or dragging
@@ -109,13 +112,14 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     weights = run / "weights.pt"
     page.goto(start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights))
     page.wait_for_function("() => document.querySelectorAll('.window').length >= 5", timeout=60_000)
-    grid = page.locator(".window", has=page.get_by_text("The 512 maps of conv5_x: click one", exact=True))
-    image = grid.locator("img").first
-    box = image.bounding_box()
-    cell = box["width"] / 23  # 23 columns of 512 maps
-    for _ in range(2):  # the first click only chooses the pane
-        image.click(position=dict(x=5.5 * cell, y=2.5 * cell))
-    number = 2 * 23 + 5
+    image = page.locator(".window", has=page.get_by_text("double-click one")).locator("img").first
+    network = inside.load_network(weights, "digits", torch.device("cpu"))
+    test_images = data.load("digits", "").test_images
+    x = network.prepare(test_images[0])
+    (maps,) = inside.feature_maps(network.model, x, "conv5_x")
+    number = inside.choose_maps(maps, "strongest:2")[1]  # the first is shown from the start
+    row, column = divmod(number, 23)  # 23 columns of 20 px
+    image.dblclick(position=dict(x=20 * column + 10, y=20 * row + 10))
     page.get_by_text(f"what map {number} of conv5_x responded to").wait_for(timeout=10_000)
     shown = page.evaluate(
         """() => { const pane = [...document.querySelectorAll('.window')].find(
@@ -125,10 +129,43 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
             const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
             return [...context.getImageData(0, 0, canvas.width, canvas.height).data]; }"""
     )
-    network = inside.load_network(weights, "digits", torch.device("cpu"))
-    x = network.prepare(data.load("digits", "").test_images[0])
     expected = inside.reconstruct(network.model, x, "conv5_x", number)
     expected = 127.5 + 127.5 * expected / expected.abs().max()
     shown = torch.tensor(shown).view(network.size, network.size, 4)[..., :3].permute(2, 0, 1)
     assert (shown - expected).abs().max() <= 2
     screenshot(page, "explore")
+
+    layer, picture, method = page.locator(".window select").all()
+    layer.select_option("conv3_x")
+    page.get_by_text("The 128 maps of conv3_x").wait_for(timeout=10_000)
+    method.select_option("gradient")
+    page.get_by_text("conv3_x responded to, by the gradient").wait_for(timeout=10_000)
+    picture.select_option(index=7)
+    page.get_by_text("test picture 7:").wait_for(timeout=10_000)
+    for number, x, y in ((11, 11.9, 0.1), (12, 0.1, 1.1), (127, 7.5, 10.5)):  # 12 columns of 40 px
+        image.dblclick(position=dict(x=40 * x, y=40 * y))
+        page.get_by_text(f"what map {number} of conv3_x responded to").wait_for(timeout=10_000)
+        (maps,) = inside.feature_maps(network.model, network.prepare(test_images[7]), "conv3_x")
+        page.get_by_text(f"mean activation {maps[0, number].mean():.3f}").wait_for(timeout=10_000)
+        page.wait_for_function(
+            """number => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
+                plot.data[0].type == 'bar' && plot.data[0].marker.color.indexOf('#e4572e') == number)""",
+            arg=number,
+        )
+    page.get_by_text("at random").click()
+    page.get_by_text("test picture 7:").wait_for(state="hidden", timeout=10_000)
+
+
+def test_names_of_files_and_runs_are_only_text(page, start, run, tmp_path, free_port):
+    name = "<img src=x onerror='window.hacked=1'>&$x_{.png"
+    Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    flags = "--dataset digits --limit 512 --size 32 --epochs 40 --device cpu --out".split()
+    address = start(ROOT / "train.py", *flags, tmp_path / "<b>a&b #1")
+    flags = ["--weights", str(run / "weights.pt"), "--image", str(tmp_path / name), "--port", str(free_port)]
+    test_activations.main([*flags, "--out", str(tmp_path)])
+    page.goto(address)
+    page.get_by_text("learning rate").first.wait_for(timeout=60_000)
+    page.goto(f"{address.rpartition('/')[0]}/figures")
+    page.get_by_text("How strongly each of the 64 maps").first.wait_for(timeout=30_000)
+    page.wait_for_timeout(1000)
+    assert page.evaluate("window.hacked") is None

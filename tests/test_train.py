@@ -41,7 +41,7 @@ def test_run_writes_what_it_says(run, capsys):
 
 
 def test_training_learns(tmp_path, capsys):
-    start(tmp_path, "--limit", "1200", "--epochs", "4", "--lr", "0.02")
+    start(tmp_path, "--limit", "400", "--batch-size", "20", "--epochs", "3", "--lr", "0.02")
     printed = capsys.readouterr().out
     assert float(printed.split("test set, 360 pictures: ")[1].split("%")[0]) > 70
     assert f"python test_filter.py --weights {tmp_path}/weights.pt" in printed
@@ -52,6 +52,30 @@ def test_same_seed_same_weights_other_seed_others(tmp_path):
         start(tmp_path / name, "--epochs", "1", "--seed", seed)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run with those flags that nothing interrupted."""
+    made = {}
+
+    def get(flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("whole")
+            start(made[flags], *flags)
+        return made[flags]
+
+    return get
+
+
+@pytest.fixture
+def few_to_test(monkeypatch):
+    real = data._digits
+    monkeypatch.setattr(
+        data,
+        "_digits",
+        lambda: (d := real())._replace(test_images=d.test_images[:40], test_labels=d.test_labels[:40]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,11 +89,10 @@ def test_same_seed_same_weights_other_seed_others(tmp_path):
     ],
 )
 def test_stopped_and_resumed_is_as_never_stopped(
-    tmp_path, monkeypatch, capsys, step, signal_number, status, flags
+    tmp_path, monkeypatch, capsys, whole, few_to_test, step, signal_number, status, flags
 ):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--epochs", "2", *flags.split()]
-    start(whole, *flags)
+    flags = "--epochs", "2", *flags.split()
+    whole, parts = whole(flags), tmp_path / "parts"
 
     steps, real, before = [], data.cropped, signal.getsignal(signal.SIGINT)
 

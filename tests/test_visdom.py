@@ -1,5 +1,6 @@
 """The live page, with the real visdom server."""
 
+import http.server
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import Myvisdom
 import test_activations
 import test_filter
 import train
-from common import visdom_files
+from common import data, visdom_files
 from common.cli import UserError
 
 ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None)
@@ -98,9 +100,10 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         mistakes = drawn["Mistakes"]["content"]
         assert mistakes.count("<img") == 3 and mistakes.index("cat 99%") < mistakes.index("dog 95%")
 
-        local = subprocess.run(["cat", f"/proc/{page.server.pid}/net/tcp"], capture_output=True, text=True)
-        listening = [line.split()[1] for line in local.stdout.splitlines() if line.split()[3] == "0A"]
-        assert f"0100007F:{port:04X}" in listening or sys.platform != "linux"
+        if sys.platform == "linux":  # it listens on 127.0.0.1 and nowhere else
+            sockets = [line.split() for kind in ("tcp", "tcp6") for line in open(f"/proc/net/{kind}")]
+            listening = [fields[1] for fields in sockets if fields[3] == "0A"]
+            assert [a for a in listening if a.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
         history["epochs"].append(ROW)
     assert page.server.poll() is not None and not Myvisdom.listening(port)
 
@@ -231,7 +234,7 @@ def test_a_server_that_cannot_start_is_tried_few_times(port, tmp_path, monkeypat
     page, history = make(port)
     with page:
         wait_for(lambda: len(starts) == 4)
-        time.sleep(6)
+        time.sleep(3)
     assert len(starts) == 4
 
 
@@ -257,6 +260,106 @@ def test_port_of_another_program_is_refused(port, tmp_path):
         other.listen()  # and never answers
         with pytest.raises(UserError, match=f"port {port} is used by another program.*--no-visdom"):
             Myvisdom.listening(port)
+
+
+def test_server_that_another_has_replaced_is_told_everything(port, tmp_path, monkeypatch):
+    """Between two draws, when nothing new is to be drawn."""
+    monkeypatch.chdir(tmp_path)
+    first, servers = Myvisdom.start_server(port), []
+    wait_for(lambda: Myvisdom.listening(port))
+    page, history = make(port, loss=[2.0])
+    with page:
+        history["epochs"].append(ROW)
+        images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        page.evaluated = images, torch.tensor([0, 1]), torch.eye(2)
+        wait_for(lambda: "Mistakes" in panes(port, "mine"))
+        wait_for(lambda: page._drawn_evaluation is not None)
+        Myvisdom.end_server(first)
+        (tmp_path / "runs/visdom/mine.json").unlink(missing_ok=True)
+        servers.append(Myvisdom.start_server(port))
+        drawn = wait_for(lambda: (now := panes(port, "mine")) and "Mistakes" in now and now)
+        assert {"Train Loss", "Validation Accuracy", "Confusion", "Run"} <= drawn.keys()
+
+
+def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps, real = [], data.cropped
+
+    def cropped(images, batch):
+        steps.append(1)
+        if len(steps) == 2:
+            wait_for(lambda: Myvisdom.listening(port))
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(images, batch)
+
+    monkeypatch.setattr(data, "cropped", cropped)
+    before = set(threading.enumerate())
+    flags = "--dataset digits --limit 128 --batch-size 32 --epochs 9 --size 32 --device cpu --precision fp32"
+    assert train.main([*flags.split(), "--port", str(port)]) == 130
+    assert len(steps) == 2 and not Myvisdom.listening(port)
+    assert not [t for t in set(threading.enumerate()) - before if "tqdm" not in type(t).__module__]
+    assert not list(tmp_path.rglob("*.tmp"))
+    (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")
+    assert "stopped" in json.loads(file.read_text())["jsons"]["Run"]["content"]
+
+
+def test_training_goes_on_where_visdom_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "Myvisdom")
+    monkeypatch.setitem(sys.modules, "visdom", None)
+    flags = "--dataset digits --limit 64 --epochs 1 --size 32 --device cpu --precision fp32"
+    assert not train.main([*flags.split(), "--out", str(tmp_path)])
+    assert "no live page, since visdom is not installed: pip install -r" in capsys.readouterr().out
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Answers "hello", or drips for ever."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"hello")
+        while self.path == "/drip":
+            self.wfile.write(b".")
+            time.sleep(0.1)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_files_come_from_the_web_in_time_or_not_at_all(free_port):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", free_port), Slow)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    web = f"http://127.0.0.1:{free_port}"
+    found = visdom_files.within(9, visdom_files.from_the_web, {"a.js": f"{web}/a", "b.js": f"{web}/b"})
+    assert found == {"a.js": b"hello", "b.js": b"hello"}
+    with pytest.raises(TimeoutError):
+        visdom_files.within(1, visdom_files.from_the_web, {"a.js": f"{web}/drip"})
+    server.shutdown()
+    server.server_close()
+
+
+def test_files_come_out_of_npm_packages(tmp_path, monkeypatch):
+    npm = tmp_path / "npm"
+    npm.write_text(f"""#!{sys.executable}
+import io, json, sys, tarfile
+packages = sys.argv[sys.argv.index("--fetch-retries=0") + 1 :]
+for i, name in enumerate(packages):
+    with tarfile.open(f"{{i}}.tgz", "w:gz") as archive:
+        for path in ("dist/a.js", "b.css"):
+            member = tarfile.TarInfo("package/" + path)
+            member.size = len(content := (name + path).encode())
+            archive.addfile(member, io.BytesIO(content))
+print(json.dumps([dict(filename=f"{{i}}.tgz") for i in range(len(packages))]))
+""")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    files = {
+        "js/x.js": "https://unpkg.com/two@2.0/dist/a.js",
+        "css/y.css": "https://unpkg.com/one@1.1/b.css?v=3",
+    }
+    expected = {"js/x.js": b"two@2.0dist/a.js", "css/y.css": b"one@1.1b.css"}
+    assert visdom_files.from_npm(files) == expected
 
 
 def test_training_draws_its_page(port, tmp_path, monkeypatch):
