@@ -154,8 +154,9 @@ def child(*values, processes=None):
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
         environment = environment | {"OMP_NUM_THREADS": "1"}
     command += ["benchmarks.throughput", "--child", *map(str, values)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
+        print(result.stderr, file=sys.stderr)
         raise cli.UserError(f"this measurement failed: {' '.join(command[1:])}")
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -179,7 +180,7 @@ def seconds_to_first_step(folder):
         took = []
         for _ in range(4):  # the first one may have to decode the pictures
             began = time.time()
-            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
             took.append(float(result.stdout.split()[-1]) - began)
     return statistics.median(took[1:])
 
@@ -245,7 +246,7 @@ def main(argv=None):
         )
     print(f"\ntrain.py at {args.sizes[0]} px, its batch of {BATCH} in parts (--accumulate):")
     in_parts = {}
-    for parts in (1, 2, 4, 8):
+    for parts in (2, 4):
         in_parts[parts] = result = child("ours", args.sizes[0], args.steps, parts, device)
         print(
             f"  {parts}: peak {result['memory'] / 1e9:.1f} GB, {result['training']:.1f} images/s", flush=True
