@@ -35,7 +35,7 @@ def parallel(model, sync_bn=False):
         return model
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
 
 
 def meeting(model, meet):
