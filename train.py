@@ -337,9 +337,6 @@ def run_to_its_end(args, device):
     with contextlib.ExitStack() as stack:
         if ranks.RANK == 0:
             stack.enter_context(alone(cli.folder(args.out)))
-            for name in ("last.pt", "weights.pt"):
-                for leftover in args.out.glob(f"{name}.*.tmp"):  # of a run that was killed while it saved
-                    leftover.unlink()
             if not saved:
                 set_aside(args.out)
         run = Run(settings, dataset, args.out, device, saved)

@@ -27,7 +27,7 @@ def start(out, epochs, *flags):
 def kill_at_random(process, out, random):
     """Kills the process: one in five while it starts, the others within half a second of its first save.
     Returns whether it was writing a checkpoint, or None if it had ended before."""
-    leftovers = set(out.glob("*.tmp"))
+    leftovers = set(out.glob("*.pt.*.tmp"))
     before = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
     if random.random() < 0.2:
         time.sleep(random.uniform(0, 4))
@@ -43,7 +43,7 @@ def kill_at_random(process, out, random):
         return None
     process.kill()
     process.wait()
-    return bool(set(out.glob("*.tmp")) - leftovers)
+    return bool(set(out.glob("*.pt.*.tmp")) - leftovers)
 
 
 def end_of(out):

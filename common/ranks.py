@@ -3,6 +3,7 @@ torchrun there is one process, and all of this does nothing."""
 
 import contextlib
 import os
+import re
 import sys
 
 import torch
@@ -10,22 +11,36 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.cli import UserError
+
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # LOCAL: on its machine
+LOST = "another process is gone, torchrun tells which"
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 
 @contextlib.contextmanager
 def joined(device):
-    """Within it the processes are connected, and only the first one prints to stdout."""
+    """Within it the processes are connected, and only the first one prints to stdout. Raises `UserError` when
+    another one is gone."""
     if WORLD == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
-        yield
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+            yield
+    except RuntimeError as error:
+        if lost(error):
+            raise UserError(LOST)
+        raise
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+
+
+def lost(error):
+    """Whether a RuntimeError says that another process is gone."""
+    return WORLD > 1 and re.search("peer|NCCL|timed out", str(error), re.IGNORECASE) is not None
 
 
 def parallel(model, sync_bn=False):

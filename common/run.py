@@ -150,8 +150,8 @@ class Run:
                 raise UserError(
                     f"not enough memory for this batch: --resume --accumulate 2 takes it in two parts; {kept}"
                 )
-            if ranks.WORLD > 1 and re.search("peer|NCCL|timed out", str(error), re.IGNORECASE):
-                raise UserError(f"another process is gone, torchrun tells which; {kept}: --resume goes on")
+            if ranks.lost(error):
+                raise UserError(f"{ranks.LOST}; {kept}: --resume goes on")
             raise
 
     def _write_tables(self):
@@ -181,8 +181,8 @@ class Run:
 
 @contextlib.contextmanager
 def alone(out):
-    """Within it no other run can write to the folder `out`, where the system has such locks. Raises
-    `UserError` if one does already."""
+    """Within it no other run can write to the folder `out`, where the system has such locks. Removes what a
+    run left that was killed while it saved. Raises `UserError` if another one is writing."""
     folder = os.open(out, os.O_RDONLY) if os.name == "posix" else None
     try:
         if folder:
@@ -194,6 +194,9 @@ def alone(out):
                 raise UserError(f"another run is writing to {out}: let it end, or choose another --out")
             except OSError:  # a file system without locks
                 pass
+        for name in FILES:
+            for leftover in out.glob(f"{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
         yield
     finally:
         if folder:

@@ -4,9 +4,11 @@ import captum.attr
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from common import checkpoint, inside
+from common import checkpoint, data, inside
 from common.cli import UserError
 from MyResnet import ResNet18, to_torchvision
 
@@ -33,13 +35,26 @@ CAPTUM = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Setting .* hooks", "ignore:Input Tensor 0")
+pytestmark = pytest.mark.filterwarnings("ignore:Setting .* hooks", "ignore:Input Tensor 0")
+
+
 @pytest.mark.parametrize("unit", ["map", "max", "median"])
 @pytest.mark.parametrize(
     "layer", ["conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x", "conv3_x.block1.conv2"]
 )
 @pytest.mark.parametrize("method", CAPTUM)
 def test_reconstructions_are_captums(model, x, layer, method, unit):
+    assert_captums(model, x, layer, method, unit)
+
+
+@pytest.mark.parametrize("method", CAPTUM)
+def test_reconstructions_of_the_reference_network_are_captums(method):
+    network = inside.load_network(inside.REFERENCE, "cifar10", torch.device("cpu"))
+    flower = data._to_square(Image.fromarray(load_sample_image("flower.jpg")))
+    assert_captums(network.model, network.prepare(flower), "conv5_x", method, "map")
+
+
+def assert_captums(model, x, layer, method, unit):
     (maps,) = inside.feature_maps(model, x, layer)
     number = inside.choose_map(maps)
     signal = maps.detach()[:, number].clone()

@@ -270,6 +270,7 @@ def test_tables_are_whole_when_the_disk_is_full(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_killed_save_go_at_the_next_start(tmp_path):
-    (tmp_path / "last.pt.123.tmp").write_bytes(b"half")
+    for name in ("last.pt", "weights.pt", "loss.csv", "accuracy.png"):
+        (tmp_path / f"{name}.123.tmp").write_bytes(b"half")
     start(tmp_path, "--epochs", "1")
     assert not list(tmp_path.glob("*.tmp"))
