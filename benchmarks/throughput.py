@@ -266,7 +266,7 @@ def main(argv=None):
             child(pipeline, args.sizes[-1], 2 * args.steps, 1, device)["training"]
             for pipeline in ("page", "ours")
         ]
-        for _ in range(args.rounds)
+        for _ in range(args.rounds + 1)
     ]
     ratios = [page / without for page, without in pairs]
     print(
