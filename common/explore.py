@@ -1,4 +1,4 @@
-"""A visdom page to look inside a network with: choose a layer, a picture and a method, click a map."""
+"""A visdom page to look inside a network with: choose a layer, a picture and a method, double-click a map."""
 
 import math
 import random

@@ -19,7 +19,7 @@ def draw(args, layer, wanted, unit="map"):
         pattern = inside.reconstruct(network.model, x, layer, number, args.method, unit)
         strength = inside.strengths(maps)[number]
         title = f"What map {number} of {layer} responded to"
-        how = f"the pattern, by {inside.METHOD_NAMES[args.method]} (grey is zero)"
+        how = f"the pattern, by {inside.METHOD_NAMES[args.method]}\n(grey is zero)"
         if unit == "map":
             captions = name, f"map {number} of {layer}, mean activation {strength:.3f}", how
             figure = figures.picture_and_pattern(picture, maps[0, number], pattern, title, captions)
