@@ -25,18 +25,24 @@ def start(out, epochs, *flags):
 
 
 def kill_at_random(process, out, random):
-    """Kills the process: one in five while it starts, the others within half a second of its first save.
-    Returns whether it was writing a checkpoint, or None if it had ended before."""
+    """Kills the process: one in five while it starts, two in five while it writes a checkpoint, the others
+    within two seconds of its first save. Returns whether it was writing one, or None if it had ended before."""
     leftovers = set(out.glob("*.pt.*.tmp"))
     before = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
-    if random.random() < 0.2:
+    aim = random.random()
+    if aim < 0.2:
         time.sleep(random.uniform(0, 4))
     else:
         while process.poll() is None:
             if (out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns != before:
                 break
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.5))
+        if aim < 0.6:
+            while process.poll() is None and not set(out.glob("*.pt.*.tmp")) - leftovers:
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.1))
+        else:
+            time.sleep(random.uniform(0, 2))
     if process.poll() is not None:
         if process.returncode:
             raise cli.UserError(f"the run failed, with status {process.returncode}")
