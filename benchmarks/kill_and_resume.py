@@ -25,8 +25,8 @@ def start(out, epochs, *flags):
 
 
 def kill_at_random(process, out, random):
-    """Kills the process: one in five while it starts, two in five while it writes a checkpoint, the others
-    within two seconds of its first save. Returns whether it was writing one, or None if it had ended before."""
+    """Kills the process: one in five while it starts, two in five while it writes a checkpoint, the rest
+    within two seconds of its first save. Returns whether it was writing one; None if it had ended before."""
     leftovers = set(out.glob("*.pt.*.tmp"))
     before = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
     aim = random.random()

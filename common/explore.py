@@ -113,7 +113,7 @@ class Explorer:
         hover = "map %{x}: %{y:.4f}<extra></extra>"
         bars = dict(type="bar", y=strengths.tolist(), hovertemplate=hover, marker=dict(color=colours))
         mark = dict(x=chosen, y=float(strengths[chosen]), text=f"map {chosen}", font=dict(color="#b03a16"))
-        mark |= dict(showarrow=False, yshift=9)
+        mark |= dict(showarrow=False, yshift=9, bgcolor="white")
         draw(
             self.client, "Strengths", [bars], "feature map", "mean activation", (495, 250), bargap=0,
             annotations=[mark],

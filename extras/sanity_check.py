@@ -50,10 +50,11 @@ def main(argv=None):
     ]  # those that the map depends on, from the top
     columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
 
-    figure = figures.Figure(figsize=(2.1 * len(columns), 7), layout="constrained")
+    figure = figures.Figure(figsize=(1.75 * len(columns), 6.2), layout="constrained")
     figure.suptitle(
         f"What map {number} of {args.layer} responded to ({name}), as its network becomes random\n"
-        f"(grey is zero; likeness to the trained network's pattern: mean and range of {SEEDS} networks)"
+        f"(grey is zero; rank correlation and SSIM with the trained one's: mean, range of {SEEDS} networks)",
+        fontsize=11,
     )
     axes = figure.subplots(len(inside.RELU_BACKWARD), len(columns))
     said = {method: [] for method in inside.RELU_BACKWARD}
@@ -75,7 +76,7 @@ def main(argv=None):
                 f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
                 for values in likeness
             )
-            axis.set_xlabel(f"rank correlation {rank}\nSSIM {ssim}", fontsize=7)
+            axis.set_xlabel(f"rank {rank}\nSSIM {ssim}", fontsize=7)
             said[method].append(f"{column} {rank} {ssim}")
     for method, texts in said.items():
         print(f"{method}, rank correlation and SSIM: {', '.join(texts)}")
