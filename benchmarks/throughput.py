@@ -4,10 +4,11 @@ written against train.py's own, in child processes that take turns: python -m be
 Also what the live page and saving cost, what many processes gain, what batches in parts save, and how soon
 the first step begins.
 
-Where the time of a step at 224 px goes, by torch.profiler in fp32 on a CPU without bf16: convolutions 71 %, batch
-norm 11, the gradient of ReLU 10, that of max pooling 5, input under 1. Tried and left out, since they gave next to
-nothing: convolutions fused with batch norm for evaluation (44.6 images/s against 43.8), ReLU in place (63.0 against
-63.2, in bf16), torch.compile. Left out as ugly: a layout or an evaluation batch by processor and size."""
+Where the time of a step at 224 px goes, by torch.profiler in fp32 on a CPU without bf16: convolutions 71
+%, batch norm 11, the gradient of ReLU 10, that of max pooling 5, input under 1. Tried and left out,
+since they gave next to nothing: convolutions fused with batch norm for evaluation (44.6 images/s against
+43.8), ReLU in place (63.0 against 63.2, in bf16), torch.compile. Left out as ugly: a layout or an
+evaluation batch by processor and size."""
 
 import functools
 import json
