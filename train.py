@@ -3,7 +3,7 @@
 python train.py                        the default recipe, to runs/cifar10
 python train.py --resume               go on with it where it stopped
 python train.py --recipe assignment    the report's own recipe
-python train.py --dataset digits       try it all in two minutes, with no download
+python train.py --dataset digits --epochs 10 --size 64    try it all in minutes, with no download
 torchrun --nproc-per-node=4 train.py   with four processes, of a GPU each where there are GPUs"""
 
 import contextlib
