@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,9 @@ def joined(device):
             raise UserError(LOST)
         raise
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+    # Its threads may still be letting go of tensors: one that does so while Python ends aborts the process
+    # (https://github.com/pytorch/pytorch/pull/179291).
+    time.sleep(0.5)
 
 
 def lost(error):

@@ -1,17 +1,18 @@
 """Small data and a small trained run, made once."""
 
+import os
 import socket
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of a process: pytest runs two, and threads that wait for a core spin
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from torch import nn
 
 import train
 from common import data
 from common.run import Run
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,17 @@ def pictures(tmp_path_factory):
 def no_curves(monkeypatch):
     """Drawing them after each epoch takes longer than these epochs; those of `run` are drawn."""
     monkeypatch.setattr(Run, "_draw_curves", lambda run: None)
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """Runs train a network that takes no time: for what does not depend on the network."""
+
+    def network(classes):
+        convolution = nn.Conv2d(3, 4, 3, stride=4, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        return nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+    monkeypatch.setattr("common.run.ResNet18", network)
 
 
 @pytest.fixture

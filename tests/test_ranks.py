@@ -19,13 +19,15 @@ ROOT = Path(__file__).parent.parent
 SMALL = "--dataset digits --limit 90 --size 32 --batch-size 30 --no-visdom --device cpu --precision fp32"
 
 
-def torchrun(processes, script, *flags, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += map(str, [processes, script, *flags])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+def start(*command, **variables):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes)
+
+
+def torchrun(processes, script, *flags):
+    options = "--standalone", "--nproc-per-node", processes
+    return start("-m", "torch.distributed.run", *options, script, *flags)
 
 
 @pytest.fixture
@@ -47,10 +49,12 @@ def test_gradient_in_parts_is_that_of_the_batch(double):
 @pytest.mark.parametrize(
     "processes, parts", [(2, 2), (3, 1)]
 )  # 14 pictures: 7 + 7 in two parts, and 5 + 5 + 4
-def test_gradient_of_many_is_that_of_one(processes, parts, double, tmp_path):
-    process = torchrun(processes, rank_gradient.__file__, tmp_path / "gradient.pt", parts)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, error
+def test_gradient_of_many_is_that_of_one(processes, parts, double, free_port, tmp_path):
+    command, meet = (rank_gradient.__file__, tmp_path / "gradient.pt", parts), dict(MASTER_ADDR="127.0.0.1")
+    meet |= dict(MASTER_PORT=str(free_port), WORLD_SIZE=str(processes))  # as torchrun sets them
+    for process in [start(*command, RANK=str(rank), **meet) for rank in range(processes)]:
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, error
     *results, logits = torch.load(tmp_path / "gradient.pt", weights_only=True)
     assert_same(results, rank_gradient.gradient(parts=1))
     assert logits.tolist() == [0, 1, 2, 3, 4, 5, 6]
@@ -85,7 +89,7 @@ def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, capsys)
     saved["settings"]["epochs"] = epochs = done // 3 + 2  # not all thirty
     saved["settings"]["sizes"] = [32] * epochs
     torch.save(saved, out / "last.pt")
-    run = torchrun(3, ROOT / "train.py", *SMALL.split(), "--resume", "--out", out)
+    run = torchrun(2, ROOT / "train.py", *SMALL.split(), "--resume", "--out", out)
     printed, error = run.communicate(timeout=120)
     assert run.returncode == 0, error
     with open(out / "metrics.csv") as file:

@@ -49,7 +49,7 @@ def test_training_learns(tmp_path, capsys):
 
 def test_same_seed_same_weights_other_seed_others(tmp_path):
     for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
-        start(tmp_path / name, "--epochs", "1", "--seed", seed)
+        start(tmp_path / name, "--epochs", "1", "--seed", seed, "--limit", "64")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
@@ -68,16 +68,6 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.fixture
-def few_to_test(monkeypatch):
-    real = data._digits
-    monkeypatch.setattr(
-        data,
-        "_digits",
-        lambda: (d := real())._replace(test_images=d.test_images[:40], test_labels=d.test_labels[:40]),
-    )
-
-
 @pytest.mark.parametrize(
     "step, signal_number, status, flags",
     [
@@ -89,7 +79,7 @@ def few_to_test(monkeypatch):
     ],
 )
 def test_stopped_and_resumed_is_as_never_stopped(
-    tmp_path, monkeypatch, capsys, whole, few_to_test, step, signal_number, status, flags
+    tmp_path, monkeypatch, capsys, whole, small_network, step, signal_number, status, flags
 ):
     flags = "--epochs", "2", *flags.split()
     whole, parts = whole(flags), tmp_path / "parts"
@@ -119,7 +109,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_earlier_run_is_kept(tmp_path, capsys):
+def test_an_earlier_run_is_kept(tmp_path, capsys, small_network):
     start(tmp_path, "--epochs", "1")
     first = weights(tmp_path)
     start(tmp_path, "--epochs", "1", "--seed", "1")
@@ -240,7 +230,7 @@ def test_loss_curve_smooths():
     assert abs(smooth[1:] - smooth[:-1]).max() < 0.02
 
 
-def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch):
+def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch, small_network):
     said, real, path = [], train.evaluate, tmp_path / "weights.pt"
 
     def evaluate(model, images, labels, size, *rest):
@@ -258,7 +248,7 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch):
     assert rows[0]["last_size_accuracy"] == "" and rows[1]["last_size_accuracy"] == rows[1]["test_accuracy"]
 
 
-def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch):
+def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch, small_network):
     monkeypatch.setattr(
         train, "evaluate", lambda model, images, labels, size, *rest: (size / 10, size / 1000, None)
     )
@@ -271,7 +261,7 @@ def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch):
     assert [row["last_size_accuracy"] for row in rows] == ["", "", "0.04", "0.04"]
 
 
-def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch):
+def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch, small_network):
     used, real_step, real_loss = [], torch.optim.SGD.step, torch.nn.functional.cross_entropy
     smoothing = []
 
@@ -296,7 +286,7 @@ def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch):
     assert [value for value in smoothing if value is not None] == [0.1] * 6
 
 
-def test_final_accuracies_are_those_of_their_sets(tmp_path, monkeypatch, capsys):
+def test_final_accuracies_are_those_of_their_sets(tmp_path, monkeypatch, capsys, small_network):
     monkeypatch.setattr(
         train, "evaluate", lambda model, images, labels, *rest: (0.0, len(images) / 1000, None)
     )

@@ -228,9 +228,8 @@ OTHER_ADDRESSES = ["https://x.y/ajax/libs/mathjax/3.2.2/es5/tex-mml-svg.js", "ht
 
 def test_a_server_that_cannot_start_is_tried_few_times(port, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").write_text("no folder")
-    starts, start = [], Myvisdom.start_server
-    monkeypatch.setattr(Myvisdom, "start_server", lambda port: starts.append(port) or start(port))
+    starts, fails = [], [sys.executable, "-S", "-c", "exit(1)"]
+    monkeypatch.setattr(Myvisdom, "start_server", lambda p: starts.append(p) or subprocess.Popen(fails))
     page, history = make(port)
     with page:
         wait_for(lambda: len(starts) == 4)
@@ -281,7 +280,7 @@ def test_server_that_another_has_replaced_is_told_everything(port, tmp_path, mon
         assert {"Train Loss", "Validation Accuracy", "Confusion", "Run"} <= drawn.keys()
 
 
-def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch):
+def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch, small_network):
     monkeypatch.chdir(tmp_path)
     steps, real = [], data.cropped
 
@@ -362,7 +361,7 @@ print(json.dumps([dict(filename=f"{{i}}.tgz") for i in range(len(packages))]))
     assert visdom_files.from_npm(files) == expected
 
 
-def test_training_draws_its_page(port, tmp_path, monkeypatch):
+def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
     monkeypatch.chdir(tmp_path)
     flags = "--dataset digits --limit 128 --epochs 1 --size 32 --device cpu --precision fp32"
     assert not train.main([*flags.split(), "--port", str(port)])
