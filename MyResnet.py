@@ -40,6 +40,11 @@ class BasicBlock(nn.Module):
         return self.relu2(out + self.shortcut(x))
 
 
+def named(**modules):
+    """Modules one after the other, that have names."""
+    return nn.Sequential(OrderedDict(modules))
+
+
 class ResNet18(nn.Module):
     """The 18-layer column of the paper's Table 1.
 
@@ -49,38 +54,19 @@ class ResNet18(nn.Module):
 
     def __init__(self, num_classes=10):
         super().__init__()
-        self.conv1 = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
-                bn=nn.BatchNorm2d(64),
-                relu=nn.ReLU(),
-            )
-        )
-        self.conv2_x = nn.Sequential(
-            OrderedDict(
-                pool=nn.MaxPool2d(3, stride=2, padding=1),
-                block1=BasicBlock(64, 64),
-                block2=BasicBlock(64, 64),
-            )
-        )
-        self.conv3_x = self._stage(64, 128)
-        self.conv4_x = self._stage(128, 256)
-        self.conv5_x = self._stage(256, 512)
+        conv = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.conv1 = named(conv=conv, bn=nn.BatchNorm2d(64), relu=nn.ReLU())
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.conv2_x = named(pool=pool, block1=BasicBlock(64, 64), block2=BasicBlock(64, 64))
+        self.conv3_x = named(block1=BasicBlock(64, 128, stride=2), block2=BasicBlock(128, 128))
+        self.conv4_x = named(block1=BasicBlock(128, 256, stride=2), block2=BasicBlock(256, 256))
+        self.conv5_x = named(block1=BasicBlock(256, 512, stride=2), block2=BasicBlock(512, 512))
         self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(512, num_classes)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    @staticmethod
-    def _stage(in_channels, out_channels):
-        return nn.Sequential(
-            OrderedDict(
-                block1=BasicBlock(in_channels, out_channels, stride=2),
-                block2=BasicBlock(out_channels, out_channels),
-            )
-        )
 
     def forward(self, x):
         x = self.conv1(x)
@@ -92,23 +78,13 @@ class ResNet18(nn.Module):
         return self.fc(x)
 
 
-# torchvision's names for the same tensors: (theirs, ours), each a prefix or a part of a key
-_STEM = (("conv1.", "conv1.conv."), ("bn1.", "conv1.bn."))
-_STAGE = re.compile(r"layer(\d)\.(\d)\.(downsample)?")
-_OUR_STAGE = re.compile(r"conv(\d)_x\.block(\d)\.(shortcut)?")
-
-
 def from_torchvision(state_dict):
     """The state dict of a `torchvision.models.resnet18`, renamed for `ResNet18`; same tensors."""
 
     def rename(key):
-        for theirs, ours in _STEM:
-            if key.startswith(theirs):
-                return ours + key.removeprefix(theirs)
-        return _STAGE.sub(
-            lambda m: f"conv{int(m[1]) + 1}_x.block{int(m[2]) + 1}." + ("shortcut" if m[3] else ""),
-            key,
-        )
+        key = re.sub(r"^(conv|bn)1\.", r"conv1.\1.", key)
+        key = re.sub(r"^layer(\d)\.(\d)", lambda m: f"conv{int(m[1]) + 1}_x.block{int(m[2]) + 1}", key)
+        return key.replace("downsample", "shortcut")
 
     return {rename(key): tensor for key, tensor in state_dict.items()}
 
@@ -117,13 +93,9 @@ def to_torchvision(state_dict):
     """The state dict of a `ResNet18`, renamed for `torchvision.models.resnet18`; same tensors."""
 
     def rename(key):
-        for theirs, ours in _STEM:
-            if key.startswith(ours):
-                return theirs + key.removeprefix(ours)
-        return _OUR_STAGE.sub(
-            lambda m: f"layer{int(m[1]) - 1}.{int(m[2]) - 1}." + ("downsample" if m[3] else ""),
-            key,
-        )
+        key = re.sub(r"^conv1\.(conv|bn)\.", r"\g<1>1.", key)
+        key = re.sub(r"^conv(\d)_x\.block(\d)", lambda m: f"layer{int(m[1]) - 1}.{int(m[2]) - 1}", key)
+        return key.replace("shortcut", "downsample")
 
     return {rename(key): tensor for key, tensor in state_dict.items()}
 
@@ -137,33 +109,26 @@ def table(size=224, num_classes=10):
     for name, stage in model.named_children():
         with FlopCounterMode(display=False) as counter:
             x = stage(x)
-        rows.append(
-            (
-                name,
-                "×".join(map(str, [*x.shape[2:], x.shape[1]])),
-                _kernels(stage),
-                sum(p.numel() for p in stage.parameters()),
-                counter.get_total_flops() // 2,  # a multiply-add is two operations
-            )
-        )
+        shape = "×".join(map(str, [*x.shape[2:], x.shape[1]]))
+        parameters = sum(p.numel() for p in stage.parameters())
+        multiply_adds = counter.get_total_flops() // 2  # each is two operations
+        rows.append((name, shape, _kernels(stage), parameters, multiply_adds))
     return rows + [("total", "", "", sum(r[3] for r in rows), sum(r[4] for r in rows))]
+
+
+WORDS = {  # of the paper's table
+    nn.Conv2d: "{0.kernel_size[0]}×{0.kernel_size[0]}, {0.out_channels}, stride {0.stride[0]}",
+    nn.MaxPool2d: "{0.kernel_size}×{0.kernel_size} max pool, stride {0.stride}",
+    BasicBlock: "[3×3, {0.conv1.out_channels}; 3×3, {0.conv2.out_channels}]",
+    nn.AdaptiveAvgPool2d: "average pool",
+    nn.Linear: "{0.in_features}-d to {0.out_features}-d",
+}
 
 
 def _kernels(stage):
     """What a stage is made of, in the words of the paper's table."""
-    words = []
-    for module in stage.children() if isinstance(stage, nn.Sequential) else [stage]:
-        if isinstance(module, nn.Conv2d):
-            k, s = module.kernel_size[0], module.stride[0]
-            words.append(f"{k}×{k}, {module.out_channels}, stride {s}")
-        elif isinstance(module, nn.MaxPool2d):
-            words.append(f"{module.kernel_size}×{module.kernel_size} max pool, stride 2")
-        elif isinstance(module, BasicBlock):
-            words.append(f"[3×3, {module.conv1.out_channels}; 3×3, {module.conv2.out_channels}]")
-        elif isinstance(module, nn.AdaptiveAvgPool2d):
-            words.append("average pool")
-        elif isinstance(module, nn.Linear):
-            words.append(f"{module.in_features}-d to {module.out_features}-d")
+    modules = stage.children() if isinstance(stage, nn.Sequential) else [stage]
+    words = [WORDS[type(module)].format(module) for module in modules if type(module) in WORDS]
     if len(words) > 1 and words[-1] == words[-2]:
         words[-2:] = [f"{words[-1]} ×2"]
     return ", ".join(words)

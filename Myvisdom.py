@@ -58,19 +58,10 @@ def listening(port):
 
 def start_server(port):
     """Starts a visdom server for this machine only, as a process of its own; returns the process."""
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            visdom_server.__file__,
-            str(port),
-            str(PAGES),
-        ],  # -P: common/ is not on its path
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the run, which ends the server itself
-    )
+    # -P: common/ is not on its path. Ctrl-C is for the run, which ends the server itself.
+    command = [sys.executable, "-P", visdom_server.__file__, str(port), str(PAGES)]
+    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return subprocess.Popen(command, start_new_session=True, **silent)
 
 
 def end_server(process):
@@ -93,12 +84,11 @@ class _Client(visdom.Visdom):
         return answer.text
 
 
-def connect(port, environment, **options):
+def connect(port, environment, events=False):
     """A client of the server on `port`, for one environment. Raises ConnectionError."""
     logging.getLogger("visdom").setLevel(logging.CRITICAL)
-    server = address(port).rsplit(":", 1)[0]
-    options = dict(use_incoming_socket=False) | options
-    return _Client(server, port=port, env=environment, raise_exceptions=True, **options)
+    options = dict(use_incoming_socket=events, raise_exceptions=True)
+    return _Client("http://127.0.0.1", port=port, env=environment, **options)
 
 
 def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
@@ -110,6 +100,14 @@ def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
         layout[axis] = dict(title=text) | layout.get(axis, {})
     opts = dict(title=title, width=size[0], height=size[1])
     client._send(dict(data=traces, layout=layout, win=title, eid=client.env, opts=opts))
+
+
+def draw_bars(client, title, values, marked, label, size, **layout):
+    """A column chart of `values` [N], of which one stands out; it tells map and value under the pointer."""
+    colours = ["#e4572e" if i == marked else "#4c78a8" for i in range(len(values))]
+    hover = "map %{x}: %{y:.4f}<extra></extra>"
+    trace = dict(type="bar", y=values.tolist(), hovertemplate=hover, marker=dict(color=colours))
+    draw(client, title, [trace], "feature map", label, size, **layout)
 
 
 def png(image):
@@ -186,7 +184,9 @@ class Page:
                 self.server = start_server(self.port)  # killed, or another run's and ended with it
             self._client = connect(self.port, self.name)
         count = len(self.history["loss"])
-        if self._drawn and not self._client.win_exists("Run"):  # another server has come: it knows nothing
+        asked = dict(win="Run", eid=self.name)  # not by win_exists, which prints when the server is gone
+        if self._drawn and self._client._send(asked, endpoint="win_exists", quiet=True) != "true":
+            # another server has come: it knows nothing
             self._drawn = self._drawn_evaluation = None
         now = (count, len(self.history["epochs"]), self.left, self.evaluated is self._drawn_evaluation)
         if now == self._drawn:
@@ -255,14 +255,14 @@ class Page:
 
     def _draw_progress(self, count):
         epochs = self.settings["epochs"]
-        epoch, step = min(count // self.steps, epochs - 1), count % self.steps
-        done = len(self.history["epochs"]) == epochs
+        done = len(self.history["epochs"])
+        epoch = min(done, epochs - 1)
         best = max((row["test_accuracy"] for row in list(self.history["epochs"])), default=None)
-        state = "finished" if done else "stopped" if self._closing.is_set() else "running"
+        state = "finished" if done == epochs else "stopped" if self._closing.is_set() else "running"
         progress = {
             "state": state,
             "epoch": f"{epoch + 1} of {epochs}",
-            "step": f"{self.steps if done else step} of {self.steps}",
+            "step": f"{count - epoch * self.steps} of {self.steps}",
             "time left": self.left or "–",
             "best validation accuracy": "–" if best is None else f"{best:.2%}",
         }
@@ -314,11 +314,7 @@ def show(port, name, file, bars=None):
         client = connect(port, "figures")
         if bars:
             title, values, label = bars
-            hover = "map %{x}: %{y:.4f}<extra></extra>"
-            colours = ["#4c78a8"] * len(values)
-            colours[values.argmax()] = "#e4572e"
-            trace = dict(type="bar", y=values.tolist(), hovertemplate=hover, marker=dict(color=colours))
-            draw(client, title, [trace], "feature map", label, (620, 300))
+            draw_bars(client, title, values, int(values.argmax()), label, (620, 300))
         else:
             image = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)
             opts = dict(title=name, width=620, height=round(620 * image.shape[1] / image.shape[2]) + 25)

@@ -13,13 +13,10 @@ def main(argv=None):
     figures.save(figure, args, "picture.png")
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
         count, height, width = maps.shape[1:]
-        figure = figures.grid(
-            maps[0],
-            columns=8 if count == 64 else 32,
-            title=f"The {count} feature maps of {layer}, {height}×{width} each ({name})",
-            scale=maps.quantile(0.995),
-            label="activation (one scale for all maps; the top 0.5 % is cut off)",
-        )
+        columns = 8 if count == 64 else 32
+        title = f"The {count} feature maps of {layer}, {height}×{width} each ({name})"
+        label = "activation (one scale for all maps; the highest 0.5 % as its end)"
+        figure = figures.grid(maps[0], columns, title, maps.quantile(0.995), label)
         figures.save(figure, args, f"featuremaps_{layer}.png")
 
 

@@ -11,22 +11,14 @@ def main(argv=None):
     largest = filters.abs().max()
 
     for channel, colour in enumerate(("red", "green", "blue")):
-        figure = figures.grid(
-            filters[:, channel],
-            columns=8,
-            title=f"Channel_{channel}: what the 64 filters of conv1 look for in {colour}",
-            scale=largest,
-            label="weight (one scale for all channels)",
-            signed=True,
-        )
+        title = f"Channel_{channel}: what the 64 filters of conv1 look for in {colour}"
+        scale = dict(scale=largest, label="weight (one scale for all channels)", signed=True)
+        figure = figures.grid(filters[:, channel], columns=8, title=title, **scale)
         figures.save(figure, args, f"filters_channel_{channel}.png")
 
     strongest = filters.abs().amax((1, 2, 3), keepdim=True)  # each filter shown at full contrast
-    figure = figures.grid(
-        0.5 + filters / (2 * strongest),
-        columns=8,
-        title="The 64 filters of conv1 in colour (grey is zero, each at full contrast)",
-    )
+    title = "The 64 filters of conv1 in colour (grey is zero, each at full contrast)"
+    figure = figures.grid(0.5 + filters / (2 * strongest), columns=8, title=title)
     figures.save(figure, args, "filters_rgb.png")
     print(f"64 filters of 7×7×3; the largest weight is {largest:.3f}")
 

@@ -58,15 +58,17 @@ EVALUATION_BATCH = 128  # more is slower on a CPU: what passes through the netwo
 
 def parse(argv):
     """The flags, with --out as a path."""
-    parser = cli.parser(__doc__, "data", "dataset", "device", "port")
+    parser = cli.parser(__doc__, "data", "dataset", "weights", "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
-    add("--recipe", choices=list(RECIPES), help="default: fast")
-    add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="default: 15; recipe assignment: 25")
-    add("--batch-size", type=cli.number(int, 2), metavar="N", help="default: 128")
+    add("--recipe", choices=list(RECIPES), help="the settings to train with (default: fast)")
+    add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="passes over the training set "
+        "(default: 15; recipe assignment: 25)")  # fmt: skip
+    add("--batch-size", type=cli.number(int, 2), metavar="N", help="pictures a step (default: 128)")
     add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
-    add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="default: 0")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: auto, by the device")
+    add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="of all that is random (default: 0)")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="the number format (default: auto, by "
+        "the device)")  # fmt: skip
     add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N pictures only")
     add("--holdout", type=whole, metavar="N", help="hold the last N training pictures out, and "
         "evaluate on them instead of the test set")  # fmt: skip
@@ -75,7 +77,6 @@ def parse(argv):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
     add("--evaluate", action="store_true", help="only evaluate --weights")
-    add("--weights", **cli.FLAGS["weights"])
     add("--accumulate", type=whole, default=1, metavar="K", help="take each batch in K parts, one after the "
         "other, to save memory")  # fmt: skip
     add("--sync-bn", action="store_true", help="with torchrun on CUDA: batch norms see the whole batch")
@@ -126,21 +127,17 @@ def rate(settings, progress):
 
 
 @torch.inference_mode()
-def predict(model, images, size, settings, progress=""):
-    """Logits, float32 [N, classes], of uint8 images [N, 3, 32, 32] resized to `size`; no augmentation.
-    `progress` names the progress bar. Of many processes each takes its share; all get all logits."""
+def evaluate(model, images, labels, size, settings, progress=""):
+    """(mean cross-entropy loss, accuracy 0 … 1, logits float32 [N, classes]) for uint8 images [N, 3, 32, 32]
+    resized to `size`; no augmentation. `progress` names the progress bar. Of many processes each takes its
+    share; all get all logits."""
     model.eval()
     logits, quiet = [], not progress or ranks.RANK > 0
     for x in tqdm(ranks.share(images).split(EVALUATION_BATCH), progress, leave=False, disable=quiet):
         x = data.prepare(x, size, settings["mean"], settings["std"])
         with cli.autocast(images.device, settings["precision"]):
             logits.append(model(x).float())
-    return ranks.gathered(torch.cat(logits), len(images))
-
-
-def evaluate(model, images, labels, size, settings, progress=""):
-    """(mean cross-entropy loss, accuracy 0 … 1, logits) of `predict`."""
-    logits = predict(model, images, size, settings, progress)
+    logits = ranks.gathered(torch.cat(logits), len(images))
     accuracy = (logits.argmax(1) == labels).float().mean()
     return float(F.cross_entropy(logits, labels)), float(accuracy), logits
 
@@ -182,7 +179,7 @@ def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
         if port:
             from Myvisdom import Page
 
-            shown = settings | {"device": str(device)}
+            shown = settings | dict(device=str(device), batch_size=batch_size)
             page = stack.enter_context(Page(run.history, shown, dataset.classes, steps, port))
         run.save(insist=True)  # what cannot be written is said now
         for epoch in range(len(run.history["epochs"]), epochs):
@@ -209,16 +206,15 @@ def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
 
                 if unread:
                     run.record(*unread[0].tolist(), unread[1])
-                    work_done += work[epoch] / steps
-                    to_do = sum(work[epoch:]) - work[epoch] * step / steps
-                    left = tqdm.format_interval((time.time() - began) * to_do / work_done)
-                    loss_now, accuracy_now = run.history["loss"][-1], run.history["accuracy"][-1]
-                    bar.set_postfix_str(
-                        f"loss {loss_now:.3f}, accuracy {accuracy_now:.1%}, run {left} left", refresh=False
-                    )
-                    if port:
-                        page.left = left
                 unread = result, lr
+                work_done += work[epoch] / steps
+                to_do = sum(work[epoch:]) - work[epoch] * (step + 1) / steps
+                left = tqdm.format_interval((time.time() - began) * to_do / work_done)
+                if run.iteration:
+                    last = f"loss {run.history['loss'][-1]:.3f}, accuracy {run.history['accuracy'][-1]:.1%}"
+                    bar.set_postfix_str(f"{last}, run {left} left", refresh=False)
+                if port:
+                    page.left = left
                 bar.update(batch_size)
                 if stop := ranks.largest(max(signals, default=0)):
                     break
@@ -240,18 +236,16 @@ def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
             if port:
                 page.evaluated = test_images, test_labels, logits
             # The second half is evaluated at the last size too: that is where the network will be used.
-            last_size_accuracy = test_accuracy if size == sizes[-1] else None
+            last_size_accuracy, at_last_size = test_accuracy if size == sizes[-1] else None, ""
             if last_size_accuracy is None and 2 * epoch >= epochs:
                 _, last_size_accuracy, _ = evaluate(
                     run.model, test_images, test_labels, sizes[-1], settings, f"evaluating at {sizes[-1]} px"
                 )
+                at_last_size = f" ({last_size_accuracy:.2%} at {sizes[-1]} px)"
             row = run.end_epoch(
                 size, test_loss=test_loss, test_accuracy=test_accuracy, last_size_accuracy=last_size_accuracy
             )
             run.save(curves=True)
-            at_last_size = ""
-            if last_size_accuracy is not None and size != sizes[-1]:
-                at_last_size = f" ({last_size_accuracy:.2%} at {sizes[-1]} px)"
             print(
                 f"epoch {row['epoch']:2}/{epochs}  {size} px  train loss {row['train_loss']:.3f}, "
                 f"accuracy {row['train_accuracy']:6.2%}  test loss {test_loss:.3f}, "
@@ -268,17 +262,14 @@ def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
 def load_data(args, settings, device):
     """The data set of a run on `device`, as --limit and --holdout say."""
     with ranks.first_ahead():
-        dataset = data.load(args.dataset, args.data)
-    images, labels = dataset.train_images, dataset.train_labels
-    if settings["holdout"]:
-        if settings["holdout"] > len(images) - 2:
-            raise cli.UserError(f"--holdout {settings['holdout']} leaves no pictures to train on")
-        held = -settings["holdout"]
-        dataset = dataset._replace(test_images=images[held:], test_labels=labels[held:])
-        images, labels = images[:held], labels[:held]
-    images, labels = images[: settings["limit"]], labels[: settings["limit"]]
-    dataset = dataset._replace(train_images=images, train_labels=labels)
-    return dataset._replace(**{key: getattr(dataset, key).to(device) for key in dataset._fields[:4]})
+        images, labels, *test, classes, source = data.load(args.dataset, args.data)
+    if held := settings["holdout"]:
+        if held > len(images) - 2:
+            raise cli.UserError(f"--holdout {held} leaves no pictures to train on")
+        test = images[-held:], labels[-held:]
+        images, labels = images[:-held], labels[:-held]
+    parts = images[: settings["limit"]], labels[: settings["limit"]], *test
+    return data.Dataset(*(part.to(device) for part in parts), classes, source)
 
 
 def start_up_lines(settings, dataset, out, device):
@@ -340,13 +331,14 @@ def run_to_its_end(args, device):
             if not saved:
                 set_aside(args.out)
         run = Run(settings, dataset, args.out, device, saved)
-        stack.enter_context(run.failures_explained())
+        stack.enter_context(run.failures_explained(args.accumulate))
         signal_number = train(run, dataset, device, port, args.save_every, args.accumulate, args.sync_bn)
     flags = "" if args.dataset == "cifar10" else f" --dataset {args.dataset}"
     flags += "" if args.data == "data" else f" --data {shlex.quote(args.data)}"
     if signal_number:
         out = "" if args.out == Path(f"runs/{args.dataset}") else f" --out {shlex.quote(str(args.out))}"
-        print(f"stopped and saved; it goes on with: python train.py --resume{out}{flags}")
+        parts = "" if args.accumulate == 1 else f" --accumulate {args.accumulate}"
+        print(f"stopped and saved; it goes on with: python train.py --resume{out}{flags}{parts}")
         return 128 + signal_number
     size = settings["sizes"][-1]
     print(f"final accuracy at {size} px, without augmentation:")
@@ -372,17 +364,16 @@ def evaluate_weights(args, device):
     settings = dict(mean=network.mean, std=network.std)
     settings["precision"] = cli.precision(args.precision or "auto", device)
     images, labels = dataset.test_images, dataset.test_labels
-    logits = predict(network.model, images, size, settings, "evaluating")
+    loss, accuracy, logits = evaluate(network.model, images, labels, size, settings, "evaluating")
     if ranks.RANK:
         return  # the first process tells
     counts = confusion_matrix(labels.cpu(), logits.argmax(1).cpu(), labels=range(len(dataset.classes)))
     part = "held-out" if args.holdout else "test"
     for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
         print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / max(1, row.sum()):.1%}")
-    accuracy = counts.trace() / counts.sum()
     print(
         f"{part} set, {len(labels):,} pictures of {dataset.source} at {size} px: "
-        f"accuracy {accuracy:.2%}, loss {float(F.cross_entropy(logits, labels)):.3f}"
+        f"accuracy {accuracy:.2%}, loss {loss:.3f}"
     )
     figure = figures.confusion(
         counts, dataset.classes, f"What {part} pictures are taken for ({accuracy:.2%} right)"

@@ -85,23 +85,24 @@ def main(argv=None):
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         if start(whole, args.epochs).wait():
             raise cli.UserError("the run that nothing disturbed failed")
-        kills = writing = 0
+        kills = writing = resumes = 0
         while kills < args.kills:
             resume = ["--resume"] if (killed / "last.pt").exists() else []
             process = start(killed, args.epochs, *resume)
             was_writing = kill_at_random(process, killed, moments)
             if was_writing is None:
                 raise cli.UserError(f"the run was over after {kills} kills: take more --epochs")
-            kills, writing = kills + 1, writing + was_writing
+            kills, writing, resumes = kills + 1, writing + was_writing, resumes + len(resume)
             if (killed / "last.pt").exists():
                 iteration = len(checkpoint.load(killed / "last.pt")["history"]["loss"])  # it is whole
                 print(f"kill {kills}: iteration {iteration}{', while saving' * was_writing}", flush=True)
         if start(killed, args.epochs, "--resume").wait():
             raise cli.UserError("the last resume failed")
+        resumes += 1
         end, expected = end_of(killed), end_of(whole)
     different = [name for name in expected if not equal(end[name], expected[name])]
     print(
-        f"{kills} kills, {writing} of them while a checkpoint was written, {kills} resumes, "
+        f"{kills} kills, {writing} of them while a checkpoint was written, {resumes} resumes, "
         f"{time.time() - began:.0f} s; bit-equal to the undisturbed run: {'no' if different else 'yes'}"
     )
     if different:

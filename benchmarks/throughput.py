@@ -2,13 +2,13 @@
 written against train.py's own, in child processes that take turns: python -m benchmarks.throughput
 
 Also what the live page and saving cost, what many processes gain, what batches in parts save, and how soon
-the first step begins.
+the first step begins."""
 
-Where the time of a step at 224 px goes, by torch.profiler in fp32 on a CPU without bf16: convolutions 71
-%, batch norm 11, the gradient of ReLU 10, that of max pooling 5, input under 1. Tried and left out,
-since they gave next to nothing: convolutions fused with batch norm for evaluation (44.6 images/s against
-43.8), ReLU in place (63.0 against 63.2, in bf16), torch.compile. Left out as ugly: a layout or an
-evaluation batch by processor and size."""
+# Where the time of a step at 224 px goes, by torch.profiler in fp32 on two cores without bf16: convolutions
+# 71 %, batch norm 11, the gradient of ReLU 10, that of max pooling 5, input under 1. Tried and left out,
+# since they gave next to nothing there: convolutions fused with batch norm for evaluation (44.6 images/s
+# against 43.8); and on two cores with bf16: ReLU in place (63.0 against 63.2), torch.compile. Left out as
+# ugly: a layout or an evaluation batch by processor and size.
 
 import functools
 import json
@@ -267,14 +267,10 @@ def main(argv=None):
             f"torchrun at {args.sizes[-1]} px, one thread a process: 1 process {text.strip()} images/s, "
             f"2 processes {two_text.strip()}: {two / one:.2f}×"
         )
-    pairs = [
-        [
-            child(pipeline, args.sizes[-1], 2 * args.steps, 1, device)["training"]
-            for pipeline in ("page", "ours")
-        ]
-        for _ in range(args.rounds + 1)
-    ]
-    ratios = [page / without for page, without in pairs]
+    ratios = []
+    for _ in range(args.rounds + 1):
+        page, without = (child(how, args.sizes[-1], 2 * args.steps, 1, device) for how in ("page", "ours"))
+        ratios.append(page["training"] / without["training"])
     print(
         f"with the live page, {args.sizes[-1]} px: {statistics.median(ratios):.3f} × the images/s without it "
         f"({min(ratios):.3f}–{max(ratios):.3f}, pairs)",

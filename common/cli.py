@@ -96,7 +96,7 @@ FLAGS = {
     ),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),
     "port": dict(
-        type=number(int, 1, 65535), default=8097, metavar="N", help="of the visdom page (default: 8097)"
+        type=number(int, 1, 65535), default=8097, metavar="N", help="port of the visdom page (default: 8097)"
     ),
     "device": dict(default="auto", help="cuda, mps or cpu (default: the first that is there)"),
 }
@@ -121,16 +121,17 @@ def folder(path):
 
 
 def device(name):
-    """The torch device of that name; "auto" is the first there is of cuda, mps and cpu. Raises
-    `UserError`."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The torch device of that name; "auto" is the first there is of cuda, mps and cpu. Also sets what makes
+    it fast. Raises `UserError`."""
+    gpus = torch.cuda.is_available() and torch.cuda.device_count()
+    there = {"cuda": gpus, "mps": torch.backends.mps.is_available(), "cpu": 1}  # how many
     if name == "auto":
         name = next(kind for kind in there if there[kind])
     try:
         found = torch.device(name)
     except RuntimeError:
         found = None
-    if found is None or not there.get(found.type) or (found.index or 0) >= _count(found.type):
+    if found is None or (found.index or 0) >= there.get(found.type, 0):
         choices = ", ".join(kind for kind in there if there[kind])
         raise UserError(f"no device {name!r} on this machine: --device takes {choices}")
     if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:  # by torchrun
@@ -139,10 +140,6 @@ def device(name):
     if found.type == "cpu" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
     return found
-
-
-def _count(kind):
-    return torch.cuda.device_count() if kind == "cuda" else 1
 
 
 def _keep_freed_memory():
@@ -155,16 +152,16 @@ def _keep_freed_memory():
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """Within it Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it gives; one
-    that comes again interrupts at once."""
+def stop_signals(answer="stopping as soon as this step or evaluation is done …"):
+    """Within it Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it gives, and
+    print the `answer`; one that comes again interrupts at once."""
     arrived = []
 
     def note(number, frame):
         arrived.append(number)
         signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, "\nstopping as soon as this step or evaluation is done …\n".encode())
+            os.write(2, f"\n{answer}\n".encode())
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
@@ -193,8 +190,7 @@ def precision(name, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        cpu = torch.cpu
-        if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
             return "bf16"
     return "fp32"
 

@@ -41,8 +41,8 @@ def load(name, directory):
     """The data set `name`, "cifar10" or "digits", as tensors on the CPU.
 
     CIFAR-10 comes from `directory`: pictures as train/<class>/* and test/<class>/*, or the python
-    archive, which is downloaded when neither is there. The training pictures are in an order in
-    which any first or last part of them has all classes. Raises `UserError`."""
+    archive, which is downloaded when neither is there. From both the order is the first picture of each
+    class, then the second of each, and so on, so that any part has all classes. Raises `UserError`."""
     if name == "digits":
         return _digits()
     root = Path(directory)
@@ -65,14 +65,8 @@ def _digits():
         np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0
     )
     images, labels = images.expand(-1, 3, -1, -1), torch.tensor(digits.target)
-    return Dataset(
-        images[train],
-        labels[train],
-        images[test],
-        labels[test],
-        CLASSES["digits"],
-        "scikit-learn's handwritten digits",
-    )
+    parts = images[train], labels[train], images[test], labels[test]
+    return Dataset(*parts, CLASSES["digits"], "scikit-learn's handwritten digits")
 
 
 def _archive(root):
@@ -97,7 +91,10 @@ def _archive(root):
         )
 
     def tensors(part):
-        return torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)
+        images, labels = torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)
+        number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of a picture in its class
+        order = (number * len(CIFAR10_CLASSES) + labels).argsort()
+        return images[order], labels[order]
 
     return Dataset(*tensors(train), *tensors(test), CIFAR10_CLASSES, "CIFAR-10, python archive")
 
@@ -137,14 +134,8 @@ def _pictures(root):
             checkpoint.save(decoded, cache)
         except UserError as error:
             print(f"the next start decodes the pictures again: {error}")
-    return Dataset(
-        decoded["train_images"],
-        decoded["train_labels"],
-        decoded["test_images"],
-        decoded["test_labels"],
-        CIFAR10_CLASSES,
-        f"CIFAR-10 as {' and '.join(kinds)} pictures",
-    )
+    parts = (decoded[field] for field in Dataset._fields[:4])
+    return Dataset(*parts, CIFAR10_CLASSES, f"CIFAR-10 as {' and '.join(kinds)} pictures")
 
 
 def _list_pictures(folder):
@@ -213,7 +204,7 @@ def one_picture(image, name, directory, classes):
     network knows. Raises `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
         return read_picture(image), Path(image).name
-    if name == "cifar10" and not Path(directory).is_dir() and str(directory) != "data":
+    if name == "cifar10" and not Path(directory).is_dir() and Path(directory) != Path("data"):
         raise UserError(f"no folder {directory}: name the one that has CIFAR-10 with --data")
     if image is None and not is_there(name, directory):
         from sklearn.datasets import load_sample_image

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from common import cli, data, figures, inside, visdom_files
-from Myvisdom import address, connect, draw, end_server, listening, png, start_server
+from Myvisdom import address, connect, draw_bars, end_server, listening, png, start_server
 
-LAYERS = inside.STAGES
 METHODS = list(inside.RELU_BACKWARD)
 SIDE = 480  # pixels of the grid of maps
 LISTED = 100  # test pictures to choose from by name; the others come at random
@@ -33,7 +32,7 @@ class Explorer:
             return
         name, value = self.properties[event["propertyId"]]["name"], event["value"]
         if name == "layer":
-            self.layer = LAYERS[int(value)]
+            self.layer = inside.STAGES[int(value)]
         elif name == "method":
             self.method = METHODS[int(value)]
         elif name == "test picture":
@@ -60,7 +59,7 @@ class Explorer:
             return dict(type="select", name=name, value=chosen, values=values)
 
         self.properties = [  # no field to type in: where a pane has a picture, visdom swallows every key
-            choice("layer", LAYERS, LAYERS.index(self.layer)),
+            choice("layer", inside.STAGES, inside.STAGES.index(self.layer)),
             choice("test picture", names, self.numbers.index(self.number)),
             dict(type="button", name="or any other", value="at random"),
             choice("method", METHODS, METHODS.index(self.method)),
@@ -101,21 +100,13 @@ class Explorer:
         pattern = inside.reconstruct(self.network.model, self.x, self.layer, chosen, self.method).cpu()
         pattern = (255 * figures.neutral(pattern)).to(torch.uint8)
         responded = f"what map {chosen} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"
-        self._pictures(
-            "Map and pattern",
-            (pattern, responded),
-            (
-                torch.from_numpy(coloured(feature_map.numpy(), float(feature_map.max()))),
-                f"map {chosen} of {self.layer}, mean activation {strengths[chosen]:.3f}",
-            ),
-        )
-        colours = ["#e4572e" if i == chosen else "#4c78a8" for i in range(len(strengths))]
-        hover = "map %{x}: %{y:.4f}<extra></extra>"
-        bars = dict(type="bar", y=strengths.tolist(), hovertemplate=hover, marker=dict(color=colours))
+        shown = torch.from_numpy(coloured(feature_map.numpy(), float(feature_map.max())))
+        about = f"map {chosen} of {self.layer}, mean activation {strengths[chosen]:.3f}"
+        self._pictures("Map and pattern", (pattern, responded), (shown, about))
         mark = dict(x=chosen, y=float(strengths[chosen]), text=f"map {chosen}", font=dict(color="#b03a16"))
         mark |= dict(showarrow=False, yshift=9, bgcolor="white")
-        draw(
-            self.client, "Strengths", [bars], "feature map", "mean activation", (495, 250), bargap=0,
+        draw_bars(
+            self.client, "Strengths", strengths, chosen, "mean activation", (495, 250), bargap=0,
             annotations=[mark],
         )  # fmt: skip
 
@@ -147,9 +138,9 @@ def explore(args):
             if server.poll() is not None:
                 raise cli.UserError(f"no visdom server starts on port {args.port}: --port names another")
             time.sleep(0.2)
-        with cli.stop_signals() as signals:
+        with cli.stop_signals("closing the page …") as signals:
             try:
-                client = connect(args.port, "explore", use_incoming_socket=True)
+                client = connect(args.port, "explore", events=True)
                 Explorer(network, dataset.test_images, dataset.test_labels, client)
             except ConnectionError:
                 raise cli.UserError(

@@ -22,7 +22,8 @@ def save(figure, args, name, bars=None):
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): name another folder with --out")
     print(path)
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", args.port), timeout=1):
+    nothing_there = contextlib.suppress(OSError, ImportError)
+    with nothing_there, socket.create_connection(("127.0.0.1", args.port), timeout=1):
         from Myvisdom import show  # imports visdom, which takes a second
 
         show(args.port, name, path, bars)
@@ -61,9 +62,8 @@ def grid(cells, columns, title, scale=None, label="", signed=False):
     n, h, w = cells.shape[:3]
     gap = 1 + w // 40
     sheet = tile(cells, columns, gap)
-    width = 9
-    height = width * sheet.shape[0] / sheet.shape[1] * (0.95 if rgb else 0.88) + 0.9
-    figure = Figure(figsize=(width, height), layout="constrained")
+    height = 9 * sheet.shape[0] / sheet.shape[1] * (0.95 if rgb else 0.88) + 0.9
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(
         np.nan_to_num(sheet, nan=1.0) if rgb else sheet,
@@ -72,12 +72,11 @@ def grid(cells, columns, title, scale=None, label="", signed=False):
         vmax=scale,
         interpolation="nearest",
     )
-    every = max(1, columns // 16)
-    axes.set_xticks([c * (w + gap) + (w - 1) / 2 for c in range(0, columns, every)])
-    axes.set_xticklabels([f"+{c}" for c in range(0, columns, every)])
-    axes.set_yticks([r * (h + gap) + (h - 1) / 2 for r in range(math.ceil(n / columns))])
-    axes.set_yticklabels([r * columns for r in range(math.ceil(n / columns))])
+    across, down = range(0, columns, max(1, columns // 16)), range(math.ceil(n / columns))
+    axes.set_xticks([c * (w + gap) + (w - 1) / 2 for c in across], [f"+{c}" for c in across])
+    axes.set_yticks([r * (h + gap) + (h - 1) / 2 for r in down], [r * columns for r in down])
     axes.tick_params(length=0, labelsize=8)
+    axes.set_xlabel("number: that of the row + that of the column", fontsize=8)
     axes.spines[:].set_visible(False)
     axes.set_title(title)
     if not rgb:
@@ -92,14 +91,9 @@ def column_chart(values, marked, title, label):
     axes = figure.subplots()
     axes.bar(range(len(values)), values, width=1.0 if len(values) > 100 else 0.8, color="#4c78a8")
     axes.bar(marked, values[marked], width=1.0 if len(values) > 100 else 0.8, color="#e4572e")
-    axes.annotate(
-        f"map {marked}: {values[marked]:.3f}",
-        (marked, values[marked]),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="left" if marked < len(values) / 10 else "right" if marked > len(values) * 0.9 else "center",
-        color="#b03a16",
-    )
+    side = "left" if marked < len(values) / 10 else "right" if marked > len(values) * 0.9 else "center"
+    options = dict(textcoords="offset points", ha=side, color="#b03a16")
+    axes.annotate(f"map {marked}: {values[marked]:.3f}", (marked, values[marked]), (0, 4), **options)
     axes.set(title=title, xlabel="feature map", ylabel=label, xlim=(-1, len(values)))
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -140,11 +134,8 @@ def loss_curve(losses, title):
     losses = np.asarray(losses)
     axes.plot(np.arange(1, len(losses) + 1), losses, color="#9db7d5", lw=0.7, label="each iteration")
     window = max(1, min(100, len(losses) // 10))
-    if window > 1:
-        mean = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(
-            np.arange(window, len(losses) + 1), mean, color="#1f4e8c", label=f"mean of the last {window}"
-        )
+    mean = np.convolve(losses, np.ones(window) / window, "valid")
+    axes.plot(np.arange(window, len(losses) + 1), mean, color="#1f4e8c", label=f"mean of the last {window}")
     axes.set(title=f"Training loss ({title})", xlabel="iteration", ylabel="training loss", ylim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -156,19 +147,15 @@ def accuracy_curve(epochs, last_size, title):
     metrics.csv, `last_size` the size that the run ends at. Dotted lines show where the size changes."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    numbers = [row["epoch"] for row in epochs]
-    for key, label, colour in (
-        ("test_accuracy", "validation", "#1f4e8c"),
-        ("train_accuracy", "training", "#e4572e"),
+    for key, label, style, colour in (
+        ("test_accuracy", "validation", "o-", "#1f4e8c"),
+        ("train_accuracy", "training", "o-", "#e4572e"),
+        ("last_size_accuracy", f"validation at {last_size} px", "s--", "#2a9d8f"),
     ):
-        axes.plot(numbers, [100 * row[key] for row in epochs], "o-", ms=3, color=colour, label=label)
-    later = [row for row in epochs if row["last_size_accuracy"] is not None]
-    if any(row["size"] != last_size for row in later):
-        axes.plot(
-            [row["epoch"] for row in later],
-            [100 * row["last_size_accuracy"] for row in later],
-            "s--", ms=3, color="#2a9d8f", label=f"validation at {last_size} px",
-        )  # fmt: skip
+        rows = [row for row in epochs if row[key] is not None]
+        if key != "last_size_accuracy" or any(row["size"] != last_size for row in rows):
+            x, y = [row["epoch"] for row in rows], [100 * row[key] for row in rows]
+            axes.plot(x, y, style, ms=3, color=colour, label=label)
     for before, row in zip([None, *epochs], epochs):
         if before is None or before["size"] != row["size"]:
             left = row["epoch"] - 0.5

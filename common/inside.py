@@ -52,9 +52,8 @@ def load_network(path, dataset, device):
         model = ResNet18(num_classes=len(saved["classes"]))
         model.load_state_dict(saved["model"])
         network = Network(model.eval(), *(saved[key] for key in Network._fields[1:]))
-        if not (
-            len(network.mean) == len(network.std) == 3 and min(network.std) > 0 and network.size in SIZES
-        ):
+        three = len(network.mean) == len(network.std) == 3
+        if not (three and min(network.std) > 0 and network.size in SIZES):
             raise ValueError
         numbers = [torch.tensor([*network.mean, *network.std]), *model.state_dict().values()]
         if not all(tensor.isfinite().all() for tensor in numbers):
@@ -142,13 +141,7 @@ RELU_BACKWARD = {
     "deconvnet": lambda ours, above: above.relu(),  # Zeiler, Fergus 2013, arxiv.org/abs/1311.2901
     "guided": lambda ours, above: ours.relu(),  # Springenberg et al. 2014, arxiv.org/abs/1412.6806
 }
-
-
-METHOD_NAMES = {
-    "gradient": "the gradient",
-    "deconvnet": "a deconvnet",
-    "guided": "guided backpropagation",
-}
+METHOD_NAMES = dict(gradient="the gradient", deconvnet="a deconvnet", guided="guided backpropagation")
 
 
 def reconstruct(model, x, layer, number, method="guided", unit="map"):

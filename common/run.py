@@ -38,12 +38,9 @@ class Run:
         self.model = ResNet18(len(dataset.classes)).to(device, memory_format=cli.memory_format(device))
         weights = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim == 1]  # of batch norms, and fc's bias
-        self.optimizer = torch.optim.SGD(
-            [dict(params=weights, weight_decay=settings["weight_decay"]), dict(params=others)],
-            lr=settings["lr"],
-            momentum=settings["momentum"],
-            nesterov=settings["nesterov"],
-        )
+        groups = [dict(params=weights, weight_decay=settings["weight_decay"]), dict(params=others)]
+        options = {key: settings[key] for key in ("lr", "momentum", "nesterov")}
+        self.optimizer = torch.optim.SGD(groups, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)
         self.kept = 0  # iterations that last.pt holds
@@ -140,16 +137,16 @@ class Run:
             tqdm.write(f"{message}; training goes on, and the next save tries again", file=sys.stderr)
 
     @contextlib.contextmanager
-    def failures_explained(self):
-        """Makes memory that is refused, and another process that is gone, a `UserError`."""
+    def failures_explained(self, parts):
+        """Makes memory that is refused to a batch in so many `parts`, and another process that is gone, a
+        `UserError`."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             kept = f"{self.out / 'last.pt'} has iteration {self.kept}"
             if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-                raise UserError(
-                    f"not enough memory for this batch: --resume --accumulate 2 takes it in two parts; {kept}"
-                )
+                way_out = f"--resume --accumulate {2 * parts} takes it in {2 * parts} parts"
+                raise UserError(f"not enough memory for this batch: {way_out}; {kept}")
             if ranks.lost(error):
                 raise UserError(f"{ranks.LOST}; {kept}: --resume goes on")
             raise
@@ -185,7 +182,7 @@ def alone(out):
     run left that was killed while it saved. Raises `UserError` if another one is writing."""
     folder = os.open(out, os.O_RDONLY) if os.name == "posix" else None
     try:
-        if folder:
+        if folder is not None:
             import fcntl
 
             try:
@@ -199,7 +196,7 @@ def alone(out):
                 leftover.unlink(missing_ok=True)
         yield
     finally:
-        if folder:
+        if folder is not None:
             os.close(folder)
 
 

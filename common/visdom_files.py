@@ -6,7 +6,6 @@ packages by npm, and a file is there whole or not at all."""
 
 import contextlib
 import json
-import queue
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import tarfile
 import tempfile
 import threading
 import urllib.request
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -121,22 +121,16 @@ def from_npm(files):
 def within(seconds, work, *args):
     """What `work` returns or raises, or a TimeoutError: then it is left to a thread that ends with the
     process. The time limits of sockets do not help where an answer drips."""
-    results = queue.SimpleQueue()
+    future = Future()
 
     def run():
         try:
-            results.put((work(*args), None))
+            future.set_result(work(*args))
         except Exception as error:
-            results.put((None, error))
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError
-    if error:
-        raise error
-    return result
+    return future.result(seconds)
 
 
 def ensure():

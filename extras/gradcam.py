@@ -1,7 +1,7 @@
 """The evidence for a class in a picture: Grad-CAM over conv5_x (Selvaraju et al. 2016,
 https://arxiv.org/abs/1610.02391), for what the network says and for any other class.
 
-python -m extras.gradcam --image 3 --class ship --class airplane"""
+python -m extras.gradcam --image 3 --class automobile --class dog"""
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,7 @@ def draw(picture, evidence, titles, name):
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "image", "out", "device", "port"
-    parser = cli.parser(__doc__, *flags)
+    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device", "port")
     parser.add_argument("--class", dest="names", action="append", default=[], metavar="NAME",
         help="a further class (default: the second most probable)")  # fmt: skip
     args = parser.parse_args(argv)

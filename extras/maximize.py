@@ -79,23 +79,23 @@ def maximize(network, layer, number, steps=200, seed=0):
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "out", "device", "port"
-    parser = cli.parser(__doc__, *flags)
+    parser = cli.parser(__doc__, "weights", "dataset", "data", "out", "device", "port")
     add = parser.add_argument
     add("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     add("--map", default="0", metavar="N", help="a map, or several as 7,43 (default: 0)")
-    add("--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the noise (default: 0)")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0, metavar="N", help="of the noise (default: 0)")
     add("--steps", type=cli.number(int, 1), default=200, metavar="N", help="of ascent (default: 200)")
     args = parser.parse_args(argv)
     device = cli.device(args.device)
     if device.type == "mps":  # https://github.com/pytorch/pytorch/pull/169143: no gradient of grid_sample
         device = torch.device("cpu")
     network = inside.load_network(args.weights, args.dataset, device)
-    image, _ = data.one_picture(None, args.dataset, args.data, network.classes)
-    (maps,) = inside.feature_maps(network.model, network.prepare(image), args.layer)
+    black = network.prepare(torch.zeros(3, data.SIDE, data.SIDE, dtype=torch.uint8))
+    (maps,) = inside.feature_maps(network.model, black, args.layer)
     numbers = inside.choose_maps(maps, args.map)  # an error before the long look
     best = None
-    if data.is_there(args.dataset, args.data):
+    if args.data != "data" or data.is_there(args.dataset, args.data):
+        data.check_classes(args.dataset, network.classes)
         best = remembered(network, data.load(args.dataset, args.data).test_images)[args.layer][3]
     for number in numbers:
         picture, activation = maximize(network, args.layer, number, args.steps, args.seed)

@@ -50,7 +50,7 @@ def close_up(picture, pattern, box, title, name, how):
     for axis in axes[1:]:
         axis.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
     size = "{}×{} of {}×{} px".format(right - left, bottom - top, *pattern.shape[:0:-1])
-    for axis, caption in zip(axes, (name, f"where 90 % of the pattern is: {size}", how)):
+    for axis, caption in zip(axes, (name, f"where 90 % of the pattern is\n({size})", how)):
         axis.set_xlabel(caption)
     figure.suptitle(title)
     return figure

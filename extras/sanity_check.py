@@ -37,20 +37,16 @@ def similarity(pattern, other):
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "image", "map", "out", "device", "port"
-    parser = cli.parser(__doc__, *flags)
-    parser.add_argument(
-        "--layer", default="conv5_x", choices=inside.STAGES, help="of the map (default: conv5_x)"
-    )
+    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "map", "out", "device", "port")
+    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     args = parser.parse_args(argv)
     network, _, name, x = inside.from_flags(args)
     number = inside.choose_map(inside.feature_maps(network.model, x, args.layer)[0], args.map)
-    stages = inside.STAGES[
-        inside.STAGES.index(args.layer) :: -1
-    ]  # those that the map depends on, from the top
+    layer = inside.STAGES.index(args.layer)
+    stages = inside.STAGES[layer::-1]  # those that the map depends on, from the top
     columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
 
-    figure = figures.Figure(figsize=(1.75 * len(columns), 6.2), layout="constrained")
+    figure = figures.Figure(figsize=(1.9 * len(columns), 6.7), layout="constrained")
     figure.suptitle(
         f"What map {number} of {args.layer} responded to ({name}), as its network becomes random\n"
         f"(grey is zero; rank correlation and SSIM with the trained one's: mean, range of {SEEDS} networks)",
@@ -72,11 +68,8 @@ def main(argv=None):
                     raise cli.UserError(f"map {number} of {args.layer} is silent here: choose another")
                 continue
             likeness = zip(*(similarity(trained[method], pattern) for pattern in patterns))
-            rank, ssim = (
-                f"{sum(values) / len(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-                for values in likeness
-            )
-            axis.set_xlabel(f"rank {rank}\nSSIM {ssim}", fontsize=7)
+            rank, ssim = (f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in likeness)
+            axis.set_xlabel(f"rank {rank}\nSSIM {ssim}", fontsize=8)
             said[method].append(f"{column} {rank} {ssim}")
     for method, texts in said.items():
         print(f"{method}, rank correlation and SSIM: {', '.join(texts)}")

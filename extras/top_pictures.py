@@ -64,8 +64,7 @@ def crop_box(position, width, field, step, size):
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "method", "out", "device", "port"
-    parser = cli.parser(__doc__, *flags)
+    parser = cli.parser(__doc__, "weights", "dataset", "data", "method", "out", "device", "port")
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     parser.add_argument("--map", default="0", metavar="N", help="a map, or several as 7,43 (default: 0)")
     args = parser.parse_args(argv)

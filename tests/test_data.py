@@ -1,6 +1,7 @@
 """Finding, reading, caching and preparing the pictures."""
 
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
@@ -102,9 +103,15 @@ def test_archive_packed_or_unpacked(tmp_path, monkeypatch):
         if remove:
             shutil.rmtree(tmp_path / remove)
         dataset = data.load("cifar10", tmp_path)
-        expected = np.concatenate([contents[name]["data"] for name, _ in CIFAR10.train_list])
+        names = [name for name, _ in CIFAR10.train_list]
+        labels = [label for name in names for label in contents[name]["labels"]]
+        by_class = [[i for i, label in enumerate(labels) if label == k] for k in range(10)]
+        turns = itertools.chain(*itertools.zip_longest(*by_class))  # as in folders
+        turns = [i for i in turns if i is not None]
+        expected = np.concatenate([contents[name]["data"] for name in names])[turns]
         assert np.array_equal(dataset.train_images.numpy(), expected.reshape(-1, 3, 32, 32))
-        assert dataset.test_labels.tolist() == contents["test_batch"]["labels"]
+        assert dataset.train_labels.tolist() == [labels[i] for i in turns]
+        assert sorted(dataset.test_labels.tolist()) == sorted(contents["test_batch"]["labels"])
         assert list(dataset.classes) == list(data.CIFAR10_CLASSES)
 
 

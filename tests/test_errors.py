@@ -177,6 +177,7 @@ WRONG = [
     (reconstruct, f"{DIGITS} --map 512", "--map takes 0 to 511"),
     (top_pictures, "--weights cifar.pt --data nowhere", "no folder nowhere"),
     (top_pictures, f"{DIGITS} --layer conv1 --map 64", "--map takes 0 to 63"),
+    (maximize, f"--seed {10**20}", f"--seed: {10**20} is not from 0 to {2**31}"),
     (maximize, "--weights run/weights.pt --data good", "are for other classes than those of cifar10"),
     (gradcam, f"{DIGITS} --class cat", "no class 'cat': --class takes 0, 1"),
     (sanity_check, f"{DIGITS} --layer top", "--layer"),

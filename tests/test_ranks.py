@@ -109,11 +109,12 @@ def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, capsys)
         lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")),
     ],
 )
-def test_memory_that_is_refused_is_one_line(fail, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, parts", [("", 2), ("--accumulate 4", 8)])
+def test_memory_that_is_refused_is_one_line(fail, flags, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "backward", lambda *args: next(iter([fail()])))
     with pytest.raises(SystemExit) as stop:
-        train.main([*SMALL.split(), "--epochs", "1", "--out", str(tmp_path)])
+        train.main([*SMALL.split(), *flags.split(), "--epochs", "1", "--out", str(tmp_path)])
     assert stop.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: not enough memory for this batch: --resume --accumulate 2")
+    assert f"not enough memory for this batch: --resume --accumulate {parts} takes it" in message
     assert message.endswith(f"{tmp_path}/last.pt has iteration 0")

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import signal
 
 import pytest
@@ -76,6 +77,7 @@ def whole(tmp_path_factory):
         (5, signal.SIGTERM, 143, ""),  # within the second
         (4, signal.SIGHUP, 129, ""),  # the terminal is closed
         (2, signal.SIGTERM, 143, "--precision fp16 --limit 24 --batch-size 8"),  # with a scaler
+        (4, signal.SIGTERM, 143, "--accumulate 2"),  # its crops are made in halves
     ],
 )
 def test_stopped_and_resumed_is_as_never_stopped(
@@ -101,12 +103,19 @@ def test_stopped_and_resumed_is_as_never_stopped(
     assert len(steps) == step  # this step was finished, and no other begun
     printed = capsys.readouterr().out
     assert f"goes on with: python train.py --resume --out {parts} --dataset digits" in printed
-    assert not train.main(["--resume", "--out", str(parts), "--dataset", "digits", "--no-visdom"])
+    assert not train.main([*printed.split("train.py ")[1].split(), "--no-visdom"])
     assert same(weights(whole), weights(parts))
     for name in ("loss.csv", "metrics.csv"):
         one, other = ((folder / name).read_text().splitlines() for folder in (whole, parts))
         assert [row.rsplit(",", 1)[0] for row in one] == [row.rsplit(",", 1)[0] for row in other]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_bar_tells_loss_and_time_left_while_every_step_is_saved(tmp_path, small_network, monkeypatch):
+    said = []
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text, refresh: said.append(text))
+    start(tmp_path, "--epochs", "1", "--save-every", "0")
+    assert len(said) == 2 and all(re.fullmatch(r"loss \S+, accuracy \S+%, run 00:0\d left", s) for s in said)
 
 
 def test_an_earlier_run_is_kept(tmp_path, capsys, small_network):

@@ -83,7 +83,8 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         assert points(drawn["Learning Rate"]) == [(1, 0.1), (2, 0.1)]
         assert "&lt;b&gt;fast" in drawn["Run"]["content"] and "running" in drawn["Run"]["content"]
 
-        add(history, 0.5, 0.3)
+        add(history, 0.5, 0.3)  # evaluated now
+        wait_for(lambda: "3 of 3" in (now := panes(port, "mine"))["Run"]["content"] and "1 of 2" in str(now))
         add(history, 0.4, 0.3)
         history["epochs"].append(ROW)
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
@@ -92,6 +93,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         drawn = wait_for(lambda: (now := panes(port, "mine")) and "Mistakes" in now and now)
         assert capsys.readouterr().out.count(f"http://127.0.0.1:{port}/env/mine") == 1
         assert points(drawn["Train Loss"]) == [(1, 2), (2, 1), (3, 0.5), (4, 0.4)]
+        assert "2 of 2" in drawn["Run"]["content"] and "1 of 3" in drawn["Run"]["content"]  # epoch, step
         assert points(drawn["Validation Accuracy"]) == [(1, 25)]
         assert points(drawn["Validation Accuracy"], 1) == [(1, 50)]
         assert points(drawn["Learning Rate"], 1) == [(1, 32), (2, 32), (3, 32), (4, 64)]  # px
@@ -302,12 +304,15 @@ def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch, small_ne
     assert "stopped" in json.loads(file.read_text())["jsons"]["Run"]["content"]
 
 
-def test_training_goes_on_where_visdom_is_not_installed(tmp_path, monkeypatch, capsys):
+def test_training_goes_on_where_visdom_is_not_installed(free_port, tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "Myvisdom")
     monkeypatch.setitem(sys.modules, "visdom", None)
     flags = "--dataset digits --limit 64 --epochs 1 --size 32 --device cpu --precision fp32"
     assert not train.main([*flags.split(), "--out", str(tmp_path)])
     assert "no live page, since visdom is not installed: pip install -r" in capsys.readouterr().out
+    with socket.create_server(("127.0.0.1", free_port)):
+        test_filter.main(["--port", str(free_port), "--out", str(tmp_path)])
+    assert f"{tmp_path}/filters_rgb.png" in capsys.readouterr().out
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
@@ -363,10 +368,12 @@ print(json.dumps([dict(filename=f"{{i}}.tgz") for i in range(len(packages))]))
 
 def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
     monkeypatch.chdir(tmp_path)
-    flags = "--dataset digits --limit 128 --epochs 1 --size 32 --device cpu --precision fp32"
+    flags = "--dataset digits --limit 100 --epochs 1 --size 32 --device cpu --precision fp32"
     assert not train.main([*flags.split(), "--port", str(port)])
     (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")  # with the time it began
     saved = json.loads(file.read_text())["jsons"]
     assert len(points(saved["Train Loss"])) == len(points(saved["Validation Accuracy"])) == 1
     assert "finished" in saved["Run"]["content"] and "fast" in saved["Run"]["content"]
+    told = re.search(r"batch_size</b>&emsp;</td><td>(\d+)<", saved["Run"]["content"])
+    assert told[1] == "100"  # all there are, not 128
     assert not Myvisdom.listening(port)
