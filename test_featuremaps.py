@@ -15,7 +15,7 @@ def main(argv=None):
         count, height, width = maps.shape[1:]
         columns = 8 if count == 64 else 32
         title = f"The {count} feature maps of {layer}, {height}×{width} each ({name})"
-        label = "activation (one scale for all maps; the highest 0.5 % as its end)"
+        label = "activation (one scale, to the 99.5th percentile)"
         figure = figures.grid(maps[0], columns, title, maps.quantile(0.995), label)
         figures.save(figure, args, f"featuremaps_{layer}.png")
 

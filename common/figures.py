@@ -18,7 +18,7 @@ def save(figure, args, name, bars=None):
     open, there with `bars` (see `Myvisdom.show`) if given. Raises `UserError`."""
     path = folder(args.out) / name
     try:
-        figure.savefig(path, dpi=90)
+        figure.savefig(path, dpi=90, pil_kwargs=dict(optimize=True))
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): name another folder with --out")
     print(path)

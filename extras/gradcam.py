@@ -1,7 +1,7 @@
 """The evidence for a class in a picture: Grad-CAM over conv5_x (Selvaraju et al. 2016,
 https://arxiv.org/abs/1610.02391), for what the network says and for any other class.
 
-python -m extras.gradcam --image 3 --class automobile --class dog"""
+python -m extras.gradcam --image 15 --class cat --class horse"""
 
 import torch
 import torch.nn.functional as F

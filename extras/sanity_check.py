@@ -46,7 +46,7 @@ def main(argv=None):
     stages = inside.STAGES[layer::-1]  # those that the map depends on, from the top
     columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
 
-    figure = figures.Figure(figsize=(1.9 * len(columns), 6.7), layout="constrained")
+    figure = figures.Figure(figsize=(1.75 * len(columns), 6.4), layout="constrained")
     figure.suptitle(
         f"What map {number} of {args.layer} responded to ({name}), as its network becomes random\n"
         f"(grey is zero; rank correlation and SSIM with the trained one's: mean, range of {SEEDS} networks)",
