@@ -76,7 +76,10 @@ def end_server(process):
 
 
 class _Client(visdom.Visdom):
-    """A server that hangs makes visdom's own client wait for ever."""
+    """A server that hangs makes visdom's own client wait for ever, and that of visdom 0.3 leaves a thread."""
+
+    def _start_session_reaper(self):
+        pass
 
     def _handle_post(self, url, data=None):
         answer = self.session.post(url, data=data or {}, timeout=5)

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+import visdom
 
 from common import cli, data, figures, inside, visdom_files
 from Myvisdom import address, connect, draw_bars, end_server, listening, png, start_server
@@ -86,9 +87,9 @@ class Explorer:
         sheet[: tiles.shape[0], : tiles.shape[1]] = tiles
         sheet = coloured(sheet, float(cells.max()))
         # visdom makes panes a multiple of 15 px less 10 high, with 15 px of title, and centres the picture
-        # as if there were none
+        # below that, or in visdom 0.2 as if there were none.
         height = 15 * math.ceil((SIDE + 60) / 15) - 10
-        self.above = (height - SIDE) / 2
+        self.above = (height - SIDE - (0 if visdom.__version__.startswith("0.2.") else 15)) / 2
         title = f"The {count} maps of {self.layer}: double-click one"  # a pane's first click only chooses it
         opts = dict(title=title, width=SIDE, height=height - 15)
         self.client.image(sheet, win="Maps", opts=opts)
