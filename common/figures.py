@@ -134,8 +134,9 @@ def loss_curve(losses, title):
     losses = np.asarray(losses)
     axes.plot(np.arange(1, len(losses) + 1), losses, color="#9db7d5", lw=0.7, label="each iteration")
     window = max(1, min(100, len(losses) // 10))
-    mean = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(np.arange(window, len(losses) + 1), mean, color="#1f4e8c", label=f"mean of the last {window}")
+    if window > 1:
+        mean, label = np.convolve(losses, np.ones(window) / window, "valid"), f"mean of the last {window}"
+        axes.plot(np.arange(window, len(losses) + 1), mean, color="#1f4e8c", label=label)
     axes.set(title=f"Training loss ({title})", xlabel="iteration", ylabel="training loss", ylim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
