@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import platform
+import re
 import signal
 import sys
 from pathlib import Path
@@ -19,9 +20,14 @@ class UserError(Exception):
     """Something that the user can mend; the message names the thing and the way out."""
 
 
+def out_of_memory(error):
+    """Whether a device or the system refused memory."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+
+
 def command(main):
-    """Decorates a script's `main(argv)`: a `UserError`, or a file that cannot be read or written,
-    becomes one line on stderr and exit status 2; Ctrl-C becomes one line and 130."""
+    """Decorates a script's `main(argv)`: a `UserError`, a file that cannot be read or written, or memory that
+    is refused becomes one line on stderr and exit status 2; Ctrl-C becomes one line and 130."""
 
     @functools.wraps(main)
     def run(argv=None):
@@ -33,6 +39,10 @@ def command(main):
             if error.filename is None:  # not about a file: a bug, which deserves its traceback
                 raise
             message = f"{error.filename}: {error.strerror}"
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            message = "not enough memory for this: end other programs, or choose another --device"
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130)
@@ -41,6 +51,32 @@ def command(main):
         raise SystemExit(2)
 
     return run
+
+
+class _Heedless:
+    """A stream of text that nobody minds when it cannot be written."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def lines_may_be_lost():
+    """Within it a log on a full disk, or a reader that is gone, loses lines and ends nothing."""
+    out, err = _Heedless(sys.stdout), _Heedless(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from common.cli import UserError
 
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # LOCAL: on its machine
 LOST = "another process is gone, torchrun tells which"
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # how many
 
 
 @contextlib.contextmanager

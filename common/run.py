@@ -9,7 +9,6 @@ import io
 import itertools
 import math
 import os
-import re
 import sys
 import time
 
@@ -144,7 +143,7 @@ class Run:
             yield
         except (RuntimeError, MemoryError) as error:
             kept = f"{self.out / 'last.pt'} has iteration {self.kept}"
-            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            if cli.out_of_memory(error):
                 way_out = f"--resume --accumulate {2 * parts} takes it in {2 * parts} parts"
                 raise UserError(f"not enough memory for this batch: {way_out}; {kept}")
             if ranks.lost(error):

@@ -92,6 +92,8 @@ def main(argv=None):
     network = inside.load_network(args.weights, args.dataset, device)
     black = network.prepare(torch.zeros(3, data.SIDE, data.SIDE, dtype=torch.uint8))
     (maps,) = inside.feature_maps(network.model, black, args.layer)
+    if args.map.startswith("strongest"):  # of no picture
+        raise cli.UserError("--map takes a number here, or several as 7,43")
     numbers = inside.choose_maps(maps, args.map)  # an error before the long look
     best = None
     if args.data != "data" or data.is_there(args.dataset, args.data):

@@ -18,6 +18,7 @@ import test_recon_conv1
 import test_recon_conv5
 import train
 from benchmarks import kill_and_resume
+from common import inside
 from common.data import CIFAR10_CLASSES
 from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
 from MyResnet import ResNet18
@@ -179,6 +180,7 @@ WRONG = [
     (top_pictures, f"{DIGITS} --layer conv1 --map 64", "--map takes 0 to 63"),
     (maximize, f"--seed {10**20}", f"--seed: {10**20} is not from 0 to {2**31}"),
     (maximize, "--weights run/weights.pt --data good", "are for other classes than those of cifar10"),
+    (maximize, f"{DIGITS} --map strongest:3", "--map takes a number here, or several as 7,43"),
     (gradcam, f"{DIGITS} --class cat", "no class 'cat': --class takes 0, 1"),
     (sanity_check, f"{DIGITS} --layer top", "--layer"),
     (Myvisdom, "--port 70000", "--port"),
@@ -205,6 +207,13 @@ def test_wrong_input_gets_one_line(script, flags, message, place, capsys):
     after = files(place)
     assert {p: s for p, s in after.items() if p in before} == before
     assert {p.name for p in after.keys() - before.keys()} <= {"decoded.pt"}
+
+
+def test_memory_refused_to_a_figure_is_one_line(place, monkeypatch, capsys):
+    monkeypatch.setattr(inside, "load_network", lambda *args: torch.empty(2**50, dtype=torch.uint8))
+    with pytest.raises(SystemExit) as stop:
+        test_filter.main(["--weights", "run/weights.pt"])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: not enough memory for this")
 
 
 def test_busy_port_is_said_before_training(place, capsys):
