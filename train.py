@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from common import cli, data, figures, inside, ranks
@@ -131,7 +132,7 @@ def evaluate(model, images, labels, size, settings, progress=""):
     """(mean cross-entropy loss, accuracy 0 … 1, logits float32 [N, classes]) for uint8 images [N, 3, 32, 32]
     resized to `size`; no augmentation. `progress` names the progress bar. Of many processes each takes its
     share; all get all logits."""
-    model.eval()
+    model = fuse(model.eval())  # a copy, whose convolutions do the work of the batch norms after them
     logits, quiet = [], not progress or ranks.RANK > 0
     for x in tqdm(ranks.share(images).split(EVALUATION_BATCH), progress, leave=False, disable=quiet):
         x = data.prepare(x, size, settings["mean"], settings["std"])
@@ -305,6 +306,20 @@ def main(argv=None):
         return evaluate_weights(args, device) if args.evaluate else run_to_its_end(args, device)
 
 
+def unusual(args, **usual):
+    """Those flags that are not as usual, to be typed again: " --dataset digits"."""
+    values = {name: str(getattr(args, name)) for name in usual}
+    return "".join(f" --{name} {shlex.quote(values[name])}" for name in usual if values[name] != usual[name])
+
+
+def resume_command(args):
+    """What goes on with the run that these flags started."""
+    start = "python" if ranks.WORLD == 1 else f"torchrun --nproc-per-node={ranks.LOCAL_WORLD}"
+    usual = dict(out=f"runs/{args.dataset}", dataset="cifar10", data="data", device="auto", accumulate="1")
+    return f"{start} train.py --resume{unusual(args, **usual)}{' --sync-bn' * args.sync_bn}"
+
+
+@cli.lines_may_be_lost()
 def run_to_its_end(args, device):
     """Starts the run that the flags ask for, or goes on with it; returns the script's exit status."""
     saved = ranks.of_first(resumed(args) if args.resume and not ranks.RANK else None)
@@ -333,12 +348,9 @@ def run_to_its_end(args, device):
         run = Run(settings, dataset, args.out, device, saved)
         stack.enter_context(run.failures_explained(args.accumulate))
         signal_number = train(run, dataset, device, port, args.save_every, args.accumulate, args.sync_bn)
-    flags = "" if args.dataset == "cifar10" else f" --dataset {args.dataset}"
-    flags += "" if args.data == "data" else f" --data {shlex.quote(args.data)}"
+    flags = unusual(args, dataset="cifar10", data="data", device="auto")
     if signal_number:
-        out = "" if args.out == Path(f"runs/{args.dataset}") else f" --out {shlex.quote(str(args.out))}"
-        parts = "" if args.accumulate == 1 else f" --accumulate {args.accumulate}"
-        print(f"stopped and saved; it goes on with: python train.py --resume{out}{flags}{parts}")
+        print(f"stopped and saved; it goes on with: {resume_command(args)}")
         return 128 + signal_number
     size = settings["sizes"][-1]
     print(f"final accuracy at {size} px, without augmentation:")

@@ -55,6 +55,15 @@ def test_same_seed_same_weights_other_seed_others(tmp_path):
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
+def test_way_to_go_on_has_the_processes_and_the_device(monkeypatch):
+    args = train.parse(["--out", "a b", "--device", "cpu", "--accumulate", "2"])
+    assert train.resume_command(args) == "python train.py --resume --out 'a b' --device cpu --accumulate 2"
+    monkeypatch.setattr(train.ranks, "WORLD", 8)
+    monkeypatch.setattr(train.ranks, "LOCAL_WORLD", 4)
+    args = train.parse(["--dataset", "digits"])
+    assert train.resume_command(args) == "torchrun --nproc-per-node=4 train.py --resume --dataset digits"
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run with those flags that nothing interrupted."""
