@@ -1,8 +1,10 @@
 """Whatever happens to a run, it is finished or can go on; and what is read runs nothing."""
 
 import errno
+import io
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,8 +62,8 @@ def test_kill_harness_notices_a_difference(tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         start(tmp_path / name, "--epochs", "1", "--seed", seed)
     a, b, c = (kill_and_resume.end_of(tmp_path / name) for name in "abc")
-    assert all(kill_and_resume.equal(a[key], b[key]) for key in a)
-    assert [key for key in a if not kill_and_resume.equal(a[key], c[key])] == [
+    assert a == b
+    assert [key for key in a if a[key] != c[key]] == [
         "weights",
         "momenta",
         "loss.csv",
@@ -166,6 +168,17 @@ def test_disk_that_is_full_from_the_start_is_said_before_training(tmp_path, at_s
     with pytest.raises(SystemExit) as stop:
         start(tmp_path, "--epochs", "1")
     assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+
+
+def test_log_on_a_full_disk_ends_no_run(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Full())
+    assert not start(tmp_path, "--epochs", "2")
+    assert len(last(tmp_path)["history"]["loss"]) == 2 * STEPS
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
