@@ -6,8 +6,8 @@ the first step begins."""
 
 # Where the time of a step at 224 px goes, by torch.profiler in fp32 on two cores without bf16: convolutions
 # 71 %, batch norm 11, the gradient of ReLU 10, that of max pooling 5, input under 1. Convolutions fused with
-# batch norm evaluate 1.14 to 1.18 times as fast on two cores with AMX (262 to 302 images/s), and hardly faster
-# (44.6 against 43.8) without bf16. Tried and left out, since they gave next to nothing on two cores with bf16:
+# batch norm evaluate 1.14 to 1.18 times as fast on two cores with AMX (263 to 302 images/s), and hardly
+# faster (44.6 against 43.8) without bf16. Tried and left out, since they gave next to nothing with bf16:
 # ReLU in place (63.0 against 63.2), torch.compile. Left out as ugly: a layout or an evaluation batch by
 # processor and size.
 
