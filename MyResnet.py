@@ -1,8 +1,9 @@
-"""ResNet-18, written out from Table 1 of "Deep Residual Learning for Image Recognition"
-(He, Zhang, Ren, Sun 2015, https://arxiv.org/abs/1512.03385).
+"""ResNet-18, written out from Table 1 of "Deep Residual Learning for Image Recognition" (He, Zhang, Ren, Sun
+2015, https://arxiv.org/abs/1512.03385).
 
 The modules of the network are the rows of that table, and `python MyResnet.py` prints it."""
 
+import argparse
 import re
 from collections import OrderedDict
 
@@ -10,14 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cli
-
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a way around them (figure 2 of the paper).
+    """Two 3×3 convolutions with a shortcut around them (figure 2 of the paper).
 
-    [N, in_channels, H, W] → [N, out_channels, H/stride, W/stride], not negative. Where the shape
-    changes, the way around is a 1×1 convolution (the paper's option B)."""
+    [N, in_channels, H, W] → [N, out_channels, H/stride, W/stride], not negative. Where the shape changes, the
+    shortcut is a 1×1 convolution (the paper's option B)."""
 
     def __init__(self, in_channels, out_channels, stride=1):
         super().__init__()
@@ -40,27 +39,27 @@ class BasicBlock(nn.Module):
         return self.relu2(out + self.shortcut(x))
 
 
-def named(**modules):
-    """Modules one after the other, that have names."""
+def sequential(**modules):
+    """An `nn.Sequential` whose modules have names."""
     return nn.Sequential(OrderedDict(modules))
 
 
 class ResNet18(nn.Module):
     """The 18-layer column of the paper's Table 1.
 
-    [N, 3, H, W] normalised pictures (H, W ≥ 32; the table is for 224) → [N, num_classes] logits.
-    At 224 the stages give 112×112×64, 56×56×64, 28×28×128, 14×14×256 and 7×7×512. The weights
-    start as in He et al. 2015, https://arxiv.org/abs/1502.01852."""
+    [N, 3, H, W] normalised images (H, W ≥ 32; the table is for 224) → [N, num_classes] logits. At 224 the
+    stages give 112×112×64, 56×56×64, 28×28×128, 14×14×256 and 7×7×512. The weights start as in He et al.
+    2015, https://arxiv.org/abs/1502.01852."""
 
     def __init__(self, num_classes=10):
         super().__init__()
         conv = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.conv1 = named(conv=conv, bn=nn.BatchNorm2d(64), relu=nn.ReLU())
+        self.conv1 = sequential(conv=conv, bn=nn.BatchNorm2d(64), relu=nn.ReLU())
         pool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.conv2_x = named(pool=pool, block1=BasicBlock(64, 64), block2=BasicBlock(64, 64))
-        self.conv3_x = named(block1=BasicBlock(64, 128, stride=2), block2=BasicBlock(128, 128))
-        self.conv4_x = named(block1=BasicBlock(128, 256, stride=2), block2=BasicBlock(256, 256))
-        self.conv5_x = named(block1=BasicBlock(256, 512, stride=2), block2=BasicBlock(512, 512))
+        self.conv2_x = sequential(pool=pool, block1=BasicBlock(64, 64), block2=BasicBlock(64, 64))
+        self.conv3_x = sequential(block1=BasicBlock(64, 128, stride=2), block2=BasicBlock(128, 128))
+        self.conv4_x = sequential(block1=BasicBlock(128, 256, stride=2), block2=BasicBlock(256, 256))
+        self.conv5_x = sequential(block1=BasicBlock(256, 512, stride=2), block2=BasicBlock(512, 512))
         self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(512, num_classes)
 
@@ -101,8 +100,8 @@ def to_torchvision(state_dict):
 
 
 def table(size=224, num_classes=10):
-    """The network stage by stage, for pictures of size×size: a list of rows (stage, output size,
-    kernels, parameters, multiply-adds of one picture), the last with the totals."""
+    """The network stage by stage, for images of size×size: a list of rows (stage, output size, kernels,
+    parameters, multiply-adds for one image), the last with the totals."""
     with torch.device("meta"):  # shapes only: nothing is allocated or computed
         model, x = ResNet18(num_classes).eval(), torch.empty(1, 3, size, size)
     rows = []
@@ -116,7 +115,7 @@ def table(size=224, num_classes=10):
     return rows + [("total", "", "", sum(r[3] for r in rows), sum(r[4] for r in rows))]
 
 
-WORDS = {  # of the paper's table
+KERNELS = {  # how the paper's table writes them
     nn.Conv2d: "{0.kernel_size[0]}×{0.kernel_size[0]}, {0.out_channels}, stride {0.stride[0]}",
     nn.MaxPool2d: "{0.kernel_size}×{0.kernel_size} max pool, stride {0.stride}",
     BasicBlock: "[3×3, {0.conv1.out_channels}; 3×3, {0.conv2.out_channels}]",
@@ -126,19 +125,20 @@ WORDS = {  # of the paper's table
 
 
 def _kernels(stage):
-    """What a stage is made of, in the words of the paper's table."""
+    """What a stage is made of, as the paper's table writes it."""
     modules = stage.children() if isinstance(stage, nn.Sequential) else [stage]
-    words = [WORDS[type(module)].format(module) for module in modules if type(module) in WORDS]
-    if len(words) > 1 and words[-1] == words[-2]:
-        words[-2:] = [f"{words[-1]} ×2"]
-    return ", ".join(words)
+    kernels = [KERNELS[type(module)].format(module) for module in modules if type(module) in KERNELS]
+    if len(kernels) > 1 and kernels[-1] == kernels[-2]:
+        kernels[-2:] = [f"{kernels[-1]} ×2"]
+    return ", ".join(kernels)
 
 
-@cli.command
 def main(argv=None):
-    cli.parser(__doc__).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    parser.parse_args(argv)
     layout = "{:<8}  {:<11}  {:<46}  {:>10}  {:>13}"
-    print("ResNet-18 for CIFAR-10, one 224×224 picture")
+    print("ResNet-18 for CIFAR-10, one 224×224 image")
     print(layout.format("stage", "output size", "kernels", "parameters", "multiply-adds"))
     for stage, output, kernels, parameters, multiply_adds in table():
         print(layout.format(stage, output, kernels, f"{parameters:,}", f"{multiply_adds:,}"))

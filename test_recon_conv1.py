@@ -1,14 +1,25 @@
-"""Figure 8.5.1: the pattern in a picture that one feature map of conv1 responded to, reconstructed by
+"""Figure 8.5.1: the pattern in an image that a feature map of conv1 responded to, reconstructed by
 backpropagation."""
 
-from common import cli
-from extras import reconstruct
+from common import cli, figures, inside
+from common.network import from_flags
+from common.page.client import save_figure
+
+LAYER = "conv1"
 
 
 @cli.command
 def main(argv=None):
-    args = cli.parser(__doc__, *reconstruct.FLAGS, "map").parse_args(argv)
-    reconstruct.draw(args, "conv1", "strongest:1" if args.map is None else str(args.map))
+    flags = "weights", "dataset", "data", "image", "map", "method", "out", "device", "port"
+    args = cli.parser(__doc__, *flags).parse_args(argv)
+    network, image, name, x = from_flags(args)
+
+    (maps,) = inside.feature_maps(network.model, x, LAYER)
+    for channel in inside.choose_maps(maps, args.map):
+        pattern = inside.reconstruct(network.model, x, LAYER, channel, args.method)
+        figure = figures.reconstruction(image, name, maps, pattern, LAYER, channel, args.method)
+        save_figure(figure, args, f"recon_{LAYER}_map{channel}_{args.method}.png")
+        print(inside.describe_map(maps, LAYER, channel))
 
 
 if __name__ == "__main__":

@@ -14,27 +14,31 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from common import cli, data, figures, inside, ranks
-from common.run import Run, alone, resumed, schedule, set_aside
+from common import cli, data, distributed, figures
+from common.device import autocast, select_device, select_precision
+from common.network import load_network
+from common.page import client
+from common.run import Run, archive_previous, load_for_resume, locked
 
 RECIPES = {
     "fast": dict(
         epochs=23,  # passes over the training set
-        batch_size=128,  # pictures a step
+        batch_size=128,  # images a step
         sizes={96: 0.33, 128: 0.33, 160: 0.17, 224: 0.17},  # px: share of the epochs
-        lr=0.1,  # peak of the one-cycle rate
+        lr=0.1,  # peak of the one-cycle learning rate
         warmup=0.2,  # share of the run in which the rate rises to its peak; then it falls to 0
         momentum=0.9,  # of SGD
         nesterov=True,  # Nesterov's form of it
         weight_decay=5e-4,  # on weights only: not on biases and batch norms
         label_smoothing=0.1,  # share of the target that goes to all classes alike; in the training loss only
-        shift=4,  # px of 32: pictures are cropped up to this far off centre
-        flip=True,  # half of the pictures, left to right (never digits)
+        shift=4,  # px of 32: images are cropped up to this far off centre
+        flip=True,  # half of the images, left to right (never digits)
         mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's own, per channel, of values from 0 to 1
         std=(0.2470, 0.2435, 0.2616),  # likewise
     ),
@@ -43,7 +47,7 @@ RECIPES = {
         batch_size=128,
         sizes={224: 1.0},  # every step at 224
         lr=0.01,
-        warmup=None,  # the rate is constant
+        warmup=None,  # the learning rate is constant
         momentum=0.9,
         nesterov=False,
         weight_decay=0.0,  # none
@@ -54,7 +58,7 @@ RECIPES = {
         std=(0.5, 0.5, 0.5),
     ),
 }
-EVALUATION_BATCH = 128  # more is slower on a CPU: what passes through the network no longer fits its caches
+EVALUATION_BATCH = 128  # more is slower on a CPU: the activations no longer fit its caches
 
 
 def parse(argv):
@@ -64,14 +68,14 @@ def parse(argv):
     add("--recipe", choices=list(RECIPES), help="the settings to train with (default: fast)")
     add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="passes over the training set "
         "(default: 23; recipe assignment: 25)")  # fmt: skip
-    add("--batch-size", type=cli.number(int, 2), metavar="N", help="pictures a step (default: 128)")
+    add("--batch-size", type=cli.number(int, 2), metavar="N", help="images a step (default: 128)")
     add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
     add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="of all that is random (default: 0)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="the number format (default: auto, by "
         "the device)")  # fmt: skip
-    add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N pictures only")
-    add("--holdout", type=whole, metavar="N", help="hold the last N training pictures out, and "
+    add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N images only")
+    add("--holdout", type=whole, metavar="N", help="hold the last N training images out, and "
         "evaluate on them instead of the test set")  # fmt: skip
     add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
         "--evaluate, the confusion matrix (default: figures)")  # fmt: skip
@@ -87,7 +91,7 @@ def parse(argv):
         parser.error("--weights goes with --evaluate")
     if args.resume and args.evaluate:
         parser.error("--resume and --evaluate exclude each other")
-    if args.sync_bn and not (ranks.WORLD > 1 and torch.cuda.is_available()):
+    if args.sync_bn and not (distributed.WORLD_SIZE > 1 and torch.cuda.is_available()):
         parser.error("--sync-bn needs torchrun and CUDA: leave it out")
     args.out = Path(args.out or ("figures" if args.evaluate else f"runs/{args.dataset}"))
     return args
@@ -104,13 +108,13 @@ def new_settings(args, device):
     if args.size:
         settings["sizes"] = [args.size] * settings["epochs"]
     settings["flip"] &= args.dataset != "digits"
-    settings["precision"] = cli.precision(args.precision or "auto", device)
+    settings["precision"] = select_precision(args.precision or "auto", device)
     return settings | dict(seed=args.seed or 0, limit=args.limit, holdout=args.holdout)
 
 
 def sizes_by_epoch(shares, epochs):
-    """The size of each epoch's pictures, by each size's share of the epochs; the last one is never
-    left out. {96: 0.5, 224: 0.5}, 4 → [96, 96, 224, 224]"""
+    """The size of each epoch's images, by each size's share of the epochs; the last one is never left out.
+    {96: 0.5, 224: 0.5}, 4 → [96, 96, 224, 224]"""
     ends = itertools.accumulate(shares.values())
     sizes = []
     for size, end in zip(shares, ends):
@@ -118,9 +122,15 @@ def sizes_by_epoch(shares, epochs):
     return sizes[:-1] + [list(shares)[-1]]
 
 
-def rate(settings, progress):
-    """The learning rate when the run is `progress` (0 … 1) through: one cycle, rising linearly to
-    its peak and falling linearly to 0 (Smith 2018, https://arxiv.org/abs/1803.09820), or constant."""
+def schedule(sizes):
+    """[96, 96, 224] → "96 px for 2, 224 px for 1" """
+    groups = [(size, len(list(group))) for size, group in itertools.groupby(sizes)]
+    return ", ".join(f"{size} px for {count}" for size, count in groups)
+
+
+def learning_rate(settings, progress):
+    """The learning rate when the run is `progress` (0 … 1) through: one cycle, rising linearly to its peak
+    and falling linearly to 0 (Smith 2018, https://arxiv.org/abs/1803.09820), or constant."""
     lr, warmup = settings["lr"], settings["warmup"]
     if warmup is None:
         return lr
@@ -131,266 +141,299 @@ def rate(settings, progress):
 def evaluate(model, images, labels, size, settings, progress=""):
     """(mean cross-entropy loss, accuracy 0 … 1, logits float32 [N, classes]) for uint8 images [N, 3, 32, 32]
     resized to `size`; no augmentation. `progress` names the progress bar. Of many processes each takes its
-    share; all get all logits."""
+    shard; all get all logits."""
     model = fuse(model.eval())  # a copy, whose convolutions do the work of the batch norms after them
-    logits, quiet = [], not progress or ranks.RANK > 0
-    for x in tqdm(ranks.share(images).split(EVALUATION_BATCH), progress, leave=False, disable=quiet):
-        x = data.prepare(x, size, settings["mean"], settings["std"])
-        with cli.autocast(images.device, settings["precision"]):
+    logits, quiet = [], not progress or distributed.RANK > 0
+    for x in tqdm(distributed.shard(images).split(EVALUATION_BATCH), progress, leave=False, disable=quiet):
+        x = data.normalize_and_resize(x, size, settings["mean"], settings["std"])
+        with autocast(images.device, settings["precision"]):
             logits.append(model(x).float())
-    logits = ranks.gathered(torch.cat(logits), len(images))
+    logits = distributed.all_gather(torch.cat(logits), len(images))
     accuracy = (logits.argmax(1) == labels).float().mean()
     return float(F.cross_entropy(logits, labels)), float(accuracy), logits
 
 
-def backward(model, images, labels, batch, size, settings, scaler, parts=1):
+def backward(model, images, labels, batch, size, settings, scaler, micro_batches=1):
     """Adds the gradient of a batch's mean loss to the weights' `grad`: the sum over all processes, each of
-    which takes its share of the batch, and over its `parts`, one after the other. Returns the mean [loss,
-    accuracy] of the batch, as a tensor."""
-    count, result = len(batch.order), torch.zeros(2, device=images.device)
-    mine = (ranks.share(field).tensor_split(parts) for field in batch)
-    for part, chunk in enumerate(map(data.Batch._make, zip(*mine)), 1):
-        x = data.cropped(images, chunk)
-        x = data.prepare(x, size, settings["mean"], settings["std"])
-        y = labels[chunk.order]
-        with ranks.meeting(model, part == parts):
-            with cli.autocast(images.device, settings["precision"]):
+    which takes its shard of the batch, and over the `micro_batches` of that, one after the other. Returns the
+    mean [loss, accuracy] of the batch, as a tensor."""
+    count, result = len(batch.indices), torch.zeros(2, device=images.device)
+    shards = (distributed.shard(field).tensor_split(micro_batches) for field in batch)
+    for number, part in enumerate(map(data.Batch._make, zip(*shards)), 1):
+        x = data.augment(images, part)
+        x = data.normalize_and_resize(x, size, settings["mean"], settings["std"])
+        y = labels[part.indices]
+        with distributed.sync_gradients(model, number == micro_batches):
+            with autocast(images.device, settings["precision"]):
                 logits = model(x)
             logits = logits.float()
             loss = F.cross_entropy(logits, y, label_smoothing=settings["label_smoothing"], reduction="sum")
-            scaler.scale(loss * ranks.WORLD / count).backward()  # the processes' mean is the batch's
+            # The processes' gradients are averaged, hence the factor.
+            scaler.scale(loss * distributed.WORLD_SIZE / count).backward()
         result += torch.stack((loss.detach(), (logits.argmax(1) == y).sum())) / count
-    return ranks.add_up(result)
+    return distributed.all_reduce_sum(result)
 
 
-def train(run, dataset, device, port, save_every, parts=1, sync_bn=False):
-    """Trains `run` to its end, saving it after each epoch and every `save_every` minutes; `port` is
-    visdom's, or None; `parts` are those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns
-    the signal that ended it, or 0. Raises `UserError` when the loss is no longer finite, and when the run
-    cannot be saved at its start or its end."""
-    images, labels, test_images, test_labels = dataset[:4]
-    optimizer, scaler, settings = run.optimizer, run.scaler, run.settings
-    model = ranks.parallel(run.model, sync_bn)
-    epochs, sizes, steps = settings["epochs"], settings["sizes"], run.steps
-    batch_size = min(settings["batch_size"], len(images))
-    work = [size * size for size in sizes]  # of an epoch: it grows with the pixels
-    work_done, began, stop = 0.0, time.time(), 0  # in this process
+class ProgressBar:
+    """A bar for each epoch, one at a time, of images and their speed, with the latest loss and accuracy and
+    the time left of the whole run, which the live page shows too."""
 
-    with cli.stop_signals() as signals, contextlib.ExitStack() as stack:
-        if port:
-            from Myvisdom import Page
+    def __init__(self, run, page):
+        self.run, self.page = run, page
+        self.work = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration: as many pixels
+        self.first, self.began = run.iteration, time.time()
 
-            shown = settings | dict(device=str(device), batch_size=batch_size)
-            page = stack.enter_context(Page(run.history, shown, dataset.classes, steps, port))
-        run.save(insist=True)  # what cannot be written is said now
-        for epoch in range(len(run.history["epochs"]), epochs):
-            size = sizes[epoch]
-            model.train()
-            first = run.iteration - epoch * steps  # not 0 when resumed within the epoch
-            plan = data.plan(
-                len(images), batch_size, settings["seed"], epoch, settings["shift"], settings["flip"], device
-            )
-            bar = stack.enter_context(tqdm(
-                total=steps * batch_size, initial=first * batch_size, unit=" images", leave=False,
-                desc=f"epoch {epoch + 1}/{epochs}, {size} px", dynamic_ncols=True, disable=ranks.RANK > 0,
-            ))  # fmt: skip
-            run.mark = time.perf_counter()
-            unread = None  # the last step's result: read while the device does the next step
-            for step, batch in enumerate(plan[first:], first):
-                lr = rate(settings, (epoch * steps + step) / (steps * epochs))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.zero_grad()
-                result = backward(model, images, labels, batch, size, settings, scaler, parts)
-                scaler.step(optimizer)
-                scaler.update()
+    @contextlib.contextmanager
+    def epoch(self, epoch, first, batch_size):
+        """Within it, the bar of an epoch of which `first` steps are done."""
+        steps, settings = self.run.steps, self.run.settings
+        name = f"epoch {epoch + 1}/{settings['epochs']}, {settings['sizes'][epoch]} px"
+        counts = dict(total=steps * batch_size, initial=first * batch_size, unit=" images")
+        quiet = distributed.RANK > 0
+        with tqdm(desc=name, leave=False, dynamic_ncols=True, disable=quiet, **counts) as self.bar:
+            yield
 
-                if unread:
-                    run.record(*unread[0].tolist(), unread[1])
-                unread = result, lr
-                work_done += work[epoch] / steps
-                to_do = sum(work[epoch:]) - work[epoch] * (step + 1) / steps
-                left = tqdm.format_interval((time.time() - began) * to_do / work_done)
-                if run.iteration:
-                    last = f"loss {run.history['loss'][-1]:.3f}, accuracy {run.history['accuracy'][-1]:.1%}"
-                    bar.set_postfix_str(f"{last}, run {left} left", refresh=False)
-                if port:
-                    page.left = left
-                bar.update(batch_size)
-                if stop := ranks.largest(max(signals, default=0)):
-                    break
-                if time.time() - run.saved_at > 60 * save_every:
-                    run.record(*unread[0].tolist(), lr)
-                    unread = None
-                    run.save()
-                    run.mark = time.perf_counter()
-            if unread:
-                run.record(*unread[0].tolist(), unread[1])
-            bar.close()
+    def update(self, iteration, batch_size):
+        """After every step, the number of iterations that are done."""
+        done, left = self.work[self.first : iteration].sum(), self.work[iteration:].sum()
+        self.page.eta = tqdm.format_interval((time.time() - self.began) * left / done)
+        history = self.run.history
+        if self.run.iteration:
+            latest = f"loss {history['loss'][-1]:.3f}, accuracy {history['accuracy'][-1]:.1%}"
+            self.bar.set_postfix_str(f"{latest}, run {self.page.eta} left", refresh=False)
+        self.bar.update(batch_size)
+
+
+class NoPage(contextlib.nullcontext):
+    """Stands in for `Myvisdom.Page` where a run has no live page: what it is told, it forgets."""
+
+    def __init__(self, *args):
+        super().__init__(self)
+
+
+def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
+    """Trains `run` to its end, saving it after each epoch and every `save_every` minutes; `micro_batches` are
+    those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it, or
+    0. Raises `UserError` when the loss is no longer finite, and when the run cannot be saved at its start or
+    end."""
+    model = distributed.data_parallel(run.model, sync_bn)
+    progress = ProgressBar(run, page)
+    with cli.stop_signals() as signals, page:
+
+        def stop_signal():  # that any of the processes has received, or 0
+            return distributed.all_reduce_max(max(signals, default=0))
+
+        run.save(required=True)  # what cannot be written is said now
+        for epoch in range(len(run.history["epochs"]), run.settings["epochs"]):
+            stop = train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, micro_batches)
+            if not stop:
+                evaluate_epoch(run, dataset, epoch, page)
+                stop = stop_signal()
             if stop:
                 break
-
-            ranks.same_buffers(run.model)
-            test_loss, test_accuracy, logits = evaluate(
-                run.model, test_images, test_labels, size, settings, "evaluating"
-            )
-            if port:
-                page.evaluated = test_images, test_labels, logits
-            # The second half is evaluated at the last size too: that is where the network will be used.
-            last_size_accuracy, at_last_size = test_accuracy if size == sizes[-1] else None, ""
-            if last_size_accuracy is None and 2 * epoch >= epochs:
-                _, last_size_accuracy, _ = evaluate(
-                    run.model, test_images, test_labels, sizes[-1], settings, f"evaluating at {sizes[-1]} px"
-                )
-                at_last_size = f" ({last_size_accuracy:.2%} at {sizes[-1]} px)"
-            row = run.end_epoch(
-                size, test_loss=test_loss, test_accuracy=test_accuracy, last_size_accuracy=last_size_accuracy
-            )
-            run.save(curves=True)
-            print(
-                f"epoch {row['epoch']:2}/{epochs}  {size} px  train loss {row['train_loss']:.3f}, "
-                f"accuracy {row['train_accuracy']:6.2%}  test loss {test_loss:.3f}, "
-                f"accuracy {test_accuracy:6.2%}{at_last_size}  {row['seconds']:.0f} s",
-                flush=True,
-            )
-            if stop := ranks.largest(max(signals, default=0)):
-                break
-        if stop or run.unsaved:
-            run.save(curves=True, insist=True)
+        if stop or run.save_failed:
+            run.save(curves=True, required=True)
     return stop
+
+
+def train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, micro_batches):
+    """Takes the steps of an epoch that the run has not taken yet. Returns the signal that ended it early, or
+    0."""
+    images, labels, settings = dataset.train_images, dataset.train_labels, run.settings
+    size, augmentation = settings["sizes"][epoch], (settings["shift"], settings["flip"])
+    batches = data.epoch_batches(
+        len(images), settings["batch_size"], settings["seed"], epoch, *augmentation, images.device
+    )
+    first, stop = run.iteration - epoch * run.steps, 0  # first is not 0 when resumed within the epoch
+    model.train()
+    with progress.epoch(epoch, first, len(batches[0].indices)):
+        for iteration, batch in enumerate(batches[first:], run.iteration):
+            lr = learning_rate(settings, iteration / (run.steps * settings["epochs"]))
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            run.optimizer.zero_grad()
+            result = backward(model, images, labels, batch, size, settings, run.scaler, micro_batches)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+
+            run.record(result, lr)
+            progress.update(iteration + 1, len(batch.indices))
+            if stop := stop_signal():
+                break
+            if time.time() - run.saved_at > 60 * save_every:
+                run.save()
+    run.read_pending()
+    return stop
+
+
+def evaluate_epoch(run, dataset, epoch, page):
+    """Evaluates the network after an epoch, at that epoch's size and in the second half of the run at the
+    last size too, since that is where it will be used. Saves the run and prints a line."""
+    settings, images, labels = run.settings, dataset.test_images, dataset.test_labels
+    size, last_size, epochs = settings["sizes"][epoch], settings["sizes"][-1], settings["epochs"]
+    distributed.broadcast_buffers(run.model)
+    loss, accuracy, logits = evaluate(run.model, images, labels, size, settings, "evaluating")
+    page.evaluation = images, labels, logits
+    last_size_accuracy, at_last_size = accuracy if size == last_size else None, ""
+    if size != last_size and 2 * epoch >= epochs:
+        progress = f"evaluating at {last_size} px"
+        _, last_size_accuracy, _ = evaluate(run.model, images, labels, last_size, settings, progress)
+        at_last_size = f" ({last_size_accuracy:.2%} at {last_size} px)"
+    row = run.end_epoch(size, test_loss=loss, test_accuracy=accuracy, last_size_accuracy=last_size_accuracy)
+    run.save(curves=True)
+    print(
+        f"epoch {row['epoch']:2}/{epochs}  {size} px  train loss {row['train_loss']:.3f}, "
+        f"accuracy {row['train_accuracy']:6.2%}  test loss {loss:.3f}, "
+        f"accuracy {accuracy:6.2%}{at_last_size}  {row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def report_accuracy(model, dataset, split, size, settings):
+    """Evaluates the network on a `split`, "training" or the data set's other, and prints the result; returns
+    (accuracy, logits)."""
+    images, labels = dataset[:2] if split == "training" else dataset[2:4]
+    loss, accuracy, logits = evaluate(model, images, labels, size, settings, f"evaluating, {split} set")
+    print(
+        f"{split} set, {len(labels):,} images of {dataset.source} at {size} px: accuracy {accuracy:.2%}, loss {loss:.3f}"
+    )
+    return accuracy, logits
 
 
 def load_data(args, settings, device):
     """The data set of a run on `device`, as --limit and --holdout say."""
-    with ranks.first_ahead():
-        images, labels, *test, classes, source = data.load(args.dataset, args.data)
-    if held := settings["holdout"]:
-        if held > len(images) - 2:
-            raise cli.UserError(f"--holdout {held} leaves no pictures to train on")
-        test = images[-held:], labels[-held:]
-        images, labels = images[:-held], labels[:-held]
-    parts = images[: settings["limit"]], labels[: settings["limit"]], *test
-    return data.Dataset(*(part.to(device) for part in parts), classes, source)
+    with distributed.local_main_first():
+        dataset = data.load(args.dataset, args.data)
+    images, labels = dataset.train_images, dataset.train_labels
+    if count := settings["holdout"]:
+        if count > len(images) - 2:
+            raise cli.UserError(f"--holdout {count} leaves no images to train on")
+        dataset = dataset._replace(
+            test_images=images[-count:], test_labels=labels[-count:], test_split="held-out"
+        )
+        images, labels = images[:-count], labels[:-count]
+    dataset = dataset._replace(
+        train_images=images[: settings["limit"]], train_labels=labels[: settings["limit"]]
+    )
+    return data.Dataset(*(tensor.to(device) for tensor in dataset[:4]), *dataset[4:])
 
 
 def start_up_lines(settings, dataset, out, device):
     """What this run is going to do, in two lines."""
-    times = f" × {ranks.WORLD}" if ranks.WORLD > 1 else ""
+    times = f" × {distributed.WORLD_SIZE}" if distributed.WORLD_SIZE > 1 else ""
     hint = "" if len(set(settings["sizes"])) == 1 else " (--size 224: every step at 224 px)"
     return (
-        f"ResNet-18 on {dataset.source}: {len(dataset.train_images):,} pictures to train on, "
-        f"{len(dataset.test_images):,} {'held out' if settings['holdout'] else 'to test'}; "
+        f"ResNet-18 on {dataset.source}: {len(dataset.train_images):,} training images, "
+        f"{len(dataset.test_images):,} {dataset.test_split} images; "
         f"{device}{times}, {settings['precision']}; to {out}\n"
         f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(settings['sizes'])}{hint}; "
-        f"batch {settings['batch_size']}, rate {settings['lr']}"
+        f"batch {settings['batch_size']}, learning rate {settings['lr']}"
     )
 
 
-def live_page(port):
-    """The port that the live page can have, or None where visdom is not installed. Raises `UserError` if
-    another program has it."""
+def select_page(args):
+    """The class of the run's page: `NoPage` where none is wanted or visdom is not installed. Raises
+    `UserError` if another program has the port."""
+    if args.no_visdom or distributed.RANK:
+        return NoPage
     try:
-        from Myvisdom import listening
+        from Myvisdom import Page
     except ImportError as error:
         print(f"no live page, since {error.name} is not installed: pip install -r requirements.txt")
-        return None
-    listening(port)  # an error now rather than later
-    return port
+        return NoPage
+    client.is_listening(args.port)  # an error now rather than later
+    return Page
 
 
-@cli.command
-def main(argv=None):
-    args = parse(argv)
-    device = cli.device(args.device)
-    with ranks.joined(device):
-        return evaluate_weights(args, device) if args.evaluate else run_to_its_end(args, device)
-
-
-def unusual(args, **usual):
-    """Those flags that are not as usual, to be typed again: " --dataset digits"."""
-    values = {name: str(getattr(args, name)) for name in usual}
-    return "".join(f" --{name} {shlex.quote(values[name])}" for name in usual if values[name] != usual[name])
+def non_default_flags(args, **defaults):
+    """Those flags that differ from their defaults, to be typed again: " --dataset digits"."""
+    values = {name: str(getattr(args, name)) for name in defaults}
+    return "".join(
+        f" --{name} {shlex.quote(values[name])}" for name in defaults if values[name] != defaults[name]
+    )
 
 
 def resume_command(args):
     """What goes on with the run that these flags started."""
-    start = "python" if ranks.WORLD == 1 else f"torchrun --nproc-per-node={ranks.LOCAL_WORLD}"
-    usual = dict(out=f"runs/{args.dataset}", dataset="cifar10", data="data", device="auto", accumulate="1")
-    return f"{start} train.py --resume{unusual(args, **usual)}{' --sync-bn' * args.sync_bn}"
+    processes = distributed.LOCAL_WORLD_SIZE
+    start = "python" if distributed.WORLD_SIZE == 1 else f"torchrun --nproc-per-node={processes}"
+    defaults = dict(out=f"runs/{args.dataset}", dataset="cifar10", data="data", device="auto", accumulate="1")
+    return f"{start} train.py --resume{non_default_flags(args, **defaults)}{' --sync-bn' * args.sync_bn}"
 
 
-@cli.lines_may_be_lost()
-def run_to_its_end(args, device):
+@cli.ignore_output_errors()
+def start_or_resume(args, device):
     """Starts the run that the flags ask for, or goes on with it; returns the script's exit status."""
-    saved = ranks.of_first(resumed(args) if args.resume and not ranks.RANK else None)
+    main_resumes = args.resume and not distributed.RANK
+    saved = distributed.broadcast_object(load_for_resume(args) if main_resumes else None)
     settings = saved["settings"] if saved else new_settings(args, device)
     folder = re.sub(r"[^\w.-]+", "_", args.out.resolve().name)  # it becomes part of the page's address
     settings.setdefault("name", f"{folder}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     dataset = load_data(args, settings, device)
-    if settings.setdefault("pictures", len(dataset.train_images)) != len(dataset.train_images):
+    count = len(dataset.train_images)
+    if settings.setdefault("pictures", count) != count:
         raise cli.UserError(
-            f"the run in {args.out} has {settings['pictures']} training pictures, {args.data} now has "
-            f"{len(dataset.train_images)}: resume it with the same --data"
+            f"the run in {args.out} has {settings['pictures']} training images, {args.data} now has {count}: "
+            "resume it with the same --data"
         )
-    least = 2 * ranks.WORLD * args.accumulate  # batch norm needs two pictures
-    if min(settings["batch_size"], len(dataset.train_images)) < least:
+    least = 2 * distributed.WORLD_SIZE * args.accumulate  # batch norm needs two images
+    if min(settings["batch_size"], count) < least:
+        processes = f"{distributed.WORLD_SIZE} process{'es' * (distributed.WORLD_SIZE > 1)}"
         raise cli.UserError(
-            f"{least} pictures a batch are the least for {ranks.WORLD} process{'es' * (ranks.WORLD > 1)} and "
-            f"--accumulate {args.accumulate}: take more by --batch-size, or fewer parts"
+            f"{least} images a batch are the least for {processes} and --accumulate {args.accumulate}: "
+            "take more by --batch-size, or fewer parts"
         )
     print(start_up_lines(settings, dataset, args.out, device))
-    port = None if args.no_visdom or ranks.RANK else live_page(args.port)
+    page_class = select_page(args)
     with contextlib.ExitStack() as stack:
-        if ranks.RANK == 0:
-            stack.enter_context(alone(cli.folder(args.out)))
+        if distributed.RANK == 0:
+            stack.enter_context(locked(cli.make_folder(args.out)))
             if not saved:
-                set_aside(args.out)
+                archive_previous(args.out)
         run = Run(settings, dataset, args.out, device, saved)
-        stack.enter_context(run.failures_explained(args.accumulate))
-        signal_number = train(run, dataset, device, port, args.save_every, args.accumulate, args.sync_bn)
-    flags = unusual(args, dataset="cifar10", data="data", device="auto")
+        stack.enter_context(run.explain_failures(args.accumulate))
+        page_settings = settings | dict(
+            device=str(device),
+            batch_size=min(settings["batch_size"], count),
+            schedule=schedule(settings["sizes"]),
+        )
+        page = page_class(run.history, page_settings, dataset.classes, run.steps, args.port)
+        signal_number = train(run, dataset, page, args.save_every, args.accumulate, args.sync_bn)
     if signal_number:
         print(f"stopped and saved; it goes on with: {resume_command(args)}")
         return 128 + signal_number
-    size = settings["sizes"][-1]
-    print(f"final accuracy at {size} px, without augmentation:")
-    for part, images, labels in (
-        ("training", dataset.train_images, dataset.train_labels),
-        ("held-out" if settings["holdout"] else "test", dataset.test_images, dataset.test_labels),
-    ):
-        loss, accuracy, _ = evaluate(run.model, images, labels, size, settings, f"evaluating, {part} set")
-        print(f"  {part} set, {len(images):,} pictures: {accuracy:.2%} (loss {loss:.3f})")
+    for split in "training", dataset.test_split:
+        report_accuracy(run.model, dataset, split, settings["sizes"][-1], settings)
     weights = shlex.quote(str(args.out / "weights.pt"))
+    flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
     print(f"look inside it: python test_filter.py --weights {weights}")
     print(f"           and: python test_recon_conv5.py --weights {weights}{flags}")
 
 
 def evaluate_weights(args, device):
-    """--evaluate: prints the accuracy of a network, per class too, and draws its confusion matrix."""
-    from sklearn.metrics import confusion_matrix  # takes a second to import: not at every start
-
-    network = inside.load_network(args.weights, args.dataset, device)
+    """--evaluate: prints the accuracy of a network, of each class too, and draws its confusion matrix."""
+    network = load_network(args.weights, args.dataset, device)
     data.check_classes(args.dataset, network.classes)
     dataset = load_data(args, dict(holdout=args.holdout, limit=None), device)
-    size = args.size or network.size
     settings = dict(mean=network.mean, std=network.std)
-    settings["precision"] = cli.precision(args.precision or "auto", device)
-    images, labels = dataset.test_images, dataset.test_labels
-    loss, accuracy, logits = evaluate(network.model, images, labels, size, settings, "evaluating")
-    if ranks.RANK:
+    settings["precision"] = select_precision(args.precision or "auto", device)
+    size = args.size or network.size
+    accuracy, logits = report_accuracy(network.model, dataset, dataset.test_split, size, settings)
+    if distributed.RANK:
         return  # the first process tells
-    counts = confusion_matrix(labels.cpu(), logits.argmax(1).cpu(), labels=range(len(dataset.classes)))
-    part = "held-out" if args.holdout else "test"
+    counts = figures.confusion_matrix(dataset.test_labels, logits)
     for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
-        print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / max(1, row.sum()):.1%}")
-    print(
-        f"{part} set, {len(labels):,} pictures of {dataset.source} at {size} px: "
-        f"accuracy {accuracy:.2%}, loss {loss:.3f}"
-    )
-    figure = figures.confusion(
-        counts, dataset.classes, f"What {part} pictures are taken for ({accuracy:.2%} right)"
-    )
-    figures.save(figure, args, "confusion.png")
+        print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / row.sum().clamp(min=1):.1%}")
+    title = f"What {dataset.test_split} images are taken for ({accuracy:.2%} right)"
+    client.save_figure(figures.confusion(counts, dataset.classes, title), args, "confusion.png")
+
+
+@cli.command
+def main(argv=None):
+    args = parse(argv)
+    device = select_device(args.device)
+    with distributed.process_group(device):
+        return evaluate_weights(args, device) if args.evaluate else start_or_resume(args, device)
 
 
 if __name__ == "__main__":

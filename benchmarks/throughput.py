@@ -1,17 +1,19 @@
-"""Images a second of training, evaluation and input preparation: the assignment's pipeline as it is usually
-written against train.py's own, in child processes that take turns: python -m benchmarks.throughput
+"""Images a second in training, evaluation and input alone, and peak memory: train.py against two baselines,
+in processes of their own that take turns.
 
-Also what the live page and saving cost, what many processes gain, what batches in parts save, and how soon
-the first step begins."""
+"usual" is the assignment as it is usually written: torchvision's Resize, ToTensor and Normalize in a
+DataLoader, fp32. "tuned" is the same as a careful user would tune it: images resized as a batch on the
+device, channels last, and the precision that train.py would choose. Also what micro-batches save, what two
+processes gain, what the live page and saving cost, and how soon the first step begins.
 
-# Where the time of a step at 224 px goes, by torch.profiler in fp32 on two cores without bf16: convolutions
-# 71 %, batch norm 11, the gradient of ReLU 10, that of max pooling 5, input under 1. Convolutions fused with
-# batch norm evaluate 1.14 to 1.18 times as fast on two cores with AMX (263 to 302 images/s), and hardly
-# faster (44.6 against 43.8) without bf16. Tried and left out, since they gave next to nothing with bf16:
-# ReLU in place (63.0 against 63.2), torch.compile. Left out as ugly: a layout or an evaluation batch by
-# processor and size.
+python -m benchmarks.throughput"""
 
-import functools
+# Where the time of a step at 224 px goes, by torch.profiler in fp32 on two cores without bf16: convolutions 71 %,
+# batch norm 11, the gradient of ReLU 10, that of max pooling 5, input under 1. Convolutions fused with batch norm
+# evaluate 1.14 to 1.18 times as fast on two cores with AMX (263 to 302 images/s), and hardly faster (44.6 against
+# 43.8) without bf16. Tried and left out, since they gave next to nothing with bf16: ReLU in place (63.0 against
+# 63.2), torch.compile. Left out as ugly: a layout or an evaluation batch by processor and size.
+
 import json
 import os
 import socket
@@ -22,40 +24,45 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import train
-from common import cli, data, ranks
+from common import cli, data, distributed
+from common.device import autocast, memory_format, select_device, select_precision
 from common.run import Run
-from MyResnet import table
+from Myvisdom import Page
 
 BATCH = 128
+PIPELINES = "usual", "tuned", "project"
+UNITS = dict(training="images/s", evaluation="images/s", input="images/s", memory="peak GB")
 
 
 def noise(count):
-    """Pictures of CIFAR-10's shape: uint8 [count, 3, 32, 32], and labels [count]."""
+    """Images of CIFAR-10's shape: uint8 [count, 3, 32, 32], and labels [count]."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return images, torch.randint(0, 10, (count,), generator=generator)
 
 
-def rate(marks):
+def median_rate(marks):
     """The median of images a second between moments that are a batch apart; the first two warm up."""
-    return statistics.median(BATCH / (after - before) for before, after in zip(marks[2:], marks[3:]))
+    return statistics.median(BATCH / np.diff(marks)[2:])
 
 
-class Pictures(torch.utils.data.Dataset):
-    """As torchvision's CIFAR10 hands them out: PIL pictures through a transform."""
+class Images(torch.utils.data.Dataset):
+    """As torchvision's CIFAR10 hands them out: PIL images through a transform."""
 
-    def __init__(self, count, size):
+    def __init__(self, count, resize):
         images, self.labels = noise(count)
         self.images = images.permute(0, 2, 3, 1).numpy()
-        normalise = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.transform = transforms.Compose([transforms.Resize(size), transforms.ToTensor(), normalise])
+        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.transform = transforms.Compose([*resize, transforms.ToTensor(), normalize])
 
     def __len__(self):
         return len(self.images)
@@ -64,93 +71,99 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
 
 
-def usual(size, steps, workers, device):
-    """As the assignment is usually written: Resize in a DataLoader, fp32, the default layout, SGD."""
-    loader = DataLoader(Pictures(steps * BATCH, size), BATCH, shuffle=True, num_workers=workers)
-    model = torchvision.models.resnet18(num_classes=10).to(device)
-    criterion = torch.nn.CrossEntropyLoss()
+def baseline(size, steps, workers, device, tuned):
+    """The rates of the usual pipeline, or of the `tuned` one."""
+    resize = [] if tuned else [transforms.Resize(size)]
+    loader = DataLoader(Images(steps * BATCH, resize), BATCH, shuffle=True, num_workers=workers)
+    layout = memory_format(device) if tuned else torch.contiguous_format
+    precision = select_precision("auto", device) if tuned else "fp32"
+    model = torchvision.models.resnet18(num_classes=10).to(device, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
-    def step(images, labels):
+    def prepare(images, labels):
+        images = images.to(device, memory_format=layout)
+        return (F.interpolate(images, (size, size), mode="bilinear") if tuned else images), labels.to(device)
+
+    def training(images, labels):
         optimizer.zero_grad()
-        loss = criterion(model(images.to(device)), labels.to(device))
+        images, labels = prepare(images, labels)
+        with autocast(device, precision):
+            loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         loss.item()  # for the running loss, as usual
 
     @torch.no_grad()
-    def evaluate(images, labels):
-        (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
+    def evaluation(images, labels):
+        images, labels = prepare(images, labels)
+        with autocast(device, precision):
+            (model(images).argmax(1) == labels).sum().item()
 
     rates = {}
-    for part, work in (("training", step), ("evaluation", evaluate), ("input", lambda images, labels: None)):
-        model.train(part == "training")
+    for work in (training, evaluation, prepare):
+        model.train(work is training)
         marks = [time.perf_counter()]
         for images, labels in loader:
             work(images, labels)
             marks.append(time.perf_counter())
-        rates[part] = rate(marks)
+        rates["input" if work is prepare else work.__name__] = median_rate(marks)
     return rates
 
 
-def ours(size, steps, parts, device, page=False):
-    """train.py's own loop, with batches in `parts` and perhaps a live `page`, and its evaluation."""
+def project(size, steps, micro_batches, device, page_class=train.NoPage):
+    """The rates of train.py's own loop and evaluation, and the seconds that a save takes."""
     images, labels = (tensor.to(device) for tensor in noise(steps * BATCH))
-    few = images[:BATCH], labels[:BATCH]
-    dataset = data.Dataset(images, labels, *few, data.CIFAR10_CLASSES, "noise")
+    dataset = data.Dataset(images, labels, images[:BATCH], labels[:BATCH], data.CIFAR10_CLASSES, "noise")
     settings = train.new_settings(train.parse(f"--epochs 1 --size {size}".split()), device)
-    settings["name"] = "throughput"
-    marks = []
-
-    class Timed(Run):
-        def record(self, *result):
-            marks.append(time.perf_counter())
-            super().record(*result)
-
-        def save(self, **options):
-            pass
-
+    settings |= dict(name="throughput", schedule="")
     with tempfile.TemporaryDirectory() as out:
-        run = Timed(settings, dataset, Path(out), device)
-        train.train(run, dataset, device, free_port() if page else None, 60, parts)
+        run = Run(settings, dataset, Path(out), device)
+        page = page_class(run.history, settings, dataset.classes, run.steps, free_port())
+        train.train(run, dataset, page, 60, micro_batches)
+        rates = dict(training=median_rate(run.history["clock"][:-1]))
         began = time.perf_counter()
-        Run.save(run, curves=True)
-        saving = time.perf_counter() - began
-    rates = dict(training=rate(marks[:-1]), saving=saving)  # the last was only read after its step
+        run.save(curves=True)
+        rates["saving"] = time.perf_counter() - began
     began = time.perf_counter()
     train.evaluate(run.model, images, labels, size, settings)
     rates["evaluation"] = len(images) / (time.perf_counter() - began)
     marks = [time.perf_counter()]
-    for batch in data.plan(len(images), BATCH, 0, 0, settings["shift"], settings["flip"], device):
-        x = data.prepare(data.cropped(images, batch), size, settings["mean"], settings["std"])
+    for batch in data.epoch_batches(len(images), BATCH, 0, 0, settings["shift"], settings["flip"], device):
+        x = data.augment(images, batch)
+        x = data.normalize_and_resize(x, size, settings["mean"], settings["std"])
         x[0, 0, 0, 0].item()  # waits for the device
         marks.append(time.perf_counter())
-    return rates | dict(input=rate(marks))
-
-
-def limits(precision, device):
-    """What the machine can do: (operations a second when it multiplies matrices, bytes a second when it
-    copies)."""
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
-    matrix = torch.randn(2048, 2048, device=device).to(dtype)
-    block, copy = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)
-
-    def seconds(work):
-        began = time.perf_counter()
-        work().view(-1)[0].item()
-        return time.perf_counter() - began
-
-    product = min(seconds(lambda: matrix @ matrix) for _ in range(12))
-    return 2 * 2048**3 / product, 2 * len(block) / min(seconds(lambda: copy.copy_(block)) for _ in range(12))
+    return rates | dict(input=median_rate(marks))
 
 
 def peak_memory(device):
-    """The most that this process ever had, in bytes: on a GPU what its tensors took."""
+    """The most that this process ever had, in GB: on a GPU what its tensors took."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() / 1e9
     import resource  # which Windows has not
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def measure(pipeline, size, steps, option, name):
+    """What a child process prints: the rates of a pipeline; `option` is its workers or its micro-batches."""
+    size, steps, option = int(size), int(steps), int(option)
+    if pipeline in ("usual", "tuned"):  # without what `select_device` sets
+        device = torch.device(name)
+        rates = baseline(size, steps, option, device, tuned=pipeline == "tuned")
+    else:
+        device = select_device(name)
+        with distributed.process_group(device):
+            rates = project(size, steps, option, device, Page if pipeline == "page" else train.NoPage)
+    if distributed.RANK == 0:
+        print(json.dumps(rates | dict(memory=peak_memory(device))))
 
 
 def child(*values, processes=None):
@@ -168,142 +181,84 @@ def child(*values, processes=None):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(pipeline, size, steps, option, name):
-    """What a child prints."""
-    device = torch.device(name) if pipeline == "usual" else cli.device(name)  # no settings for the usual
-    with ranks.joined(device):
-        pipelines = dict(usual=usual, ours=ours, page=functools.partial(ours, page=True))
-        rates = pipelines[pipeline](int(size), int(steps), int(option), device)
-        print(json.dumps(rates | dict(memory=peak_memory(device))))
-
-
 def seconds_to_first_step(folder):
-    """From the call of train.py, with the pictures in `folder` read before, until its first step begins."""
-    code = "import os, sys, time, train; train.backward = lambda *_: (print(time.time()), os._exit(0)); "
-    code += "sys.stdout.reconfigure(line_buffering=True); train.main(sys.argv[1:])"
-    dataset = ["--data", folder] if data.is_there("cifar10", folder) else ["--dataset", "digits"]
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-c", code, "--no-visdom", "--out", out, *dataset]
-        took = []
-        for _ in range(4):  # the first one may have to decode the pictures
-            began = time.time()
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
-            took.append(float(result.stdout.split()[-1]) - began)
+    """From the call of train.py until its first save, right before its first step, with the images read
+    before."""
+    dataset = ["--data", folder] if data.is_present("cifar10", folder) else ["--dataset", "digits"]
+    took = []
+    for _ in range(4):  # the first one may have to decode the images
+        with tempfile.TemporaryDirectory() as out:
+            began = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, "train.py", "--no-visdom", "--out", out, *dataset], stdout=subprocess.DEVNULL
+            )
+            while not Path(out, "last.pt").exists() and process.poll() is None:
+                time.sleep(0.01)
+            took.append(time.perf_counter() - began)
+            process.kill()
+            process.wait()
     return statistics.median(took[1:])
 
 
-def seconds_to_draw(iterations):
-    """What the live page takes to draw so many iterations, its server's work included."""
-    from Myvisdom import Page
-
-    history = dict(loss=[1.0] * iterations, rate=[0.1] * iterations, clock=list(range(iterations)), epochs=[])
-    settings = dict(name="throughput", sizes=[224], epochs=1, batch_size=BATCH)
-    with Page(history, settings, data.CIFAR10_CLASSES, iterations, free_port()) as page:
-        while page._drawn is None:
-            time.sleep(0.1)
-        took = []
-        for _ in range(9):
-            page._drawn, began = None, time.perf_counter()
-            page._draw()
-            took.append(time.perf_counter() - began)
-    return statistics.median(took)
+def spread(results, part):
+    """The median of a part of some results, with its range."""
+    values = [result[part] for result in results]
+    return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def middle(results, part):
-    """(median, text with its spread) of a part of some results; memory in GB."""
-    values = [result[part] / (1e9 if part == "memory" else 1) for result in results]
-    median = statistics.median(values)
-    return median, f"{median:10.1f} ({min(values):.1f}–{max(values):.1f})".ljust(24)
+def ratio(results, others, part="training"):
+    return statistics.median(r[part] for r in results) / statistics.median(r[part] for r in others)
 
 
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "data", "device")
-    add, whole = parser.add_argument, cli.number(int, 1)
+    add = parser.add_argument
     sizes = list(train.RECIPES["fast"]["sizes"])[::-1]
     add("--sizes", type=cli.number(int, 32, 1024), nargs="+", default=sizes, metavar="PX")
-    add("--steps", type=cli.number(int, 6), default=10, metavar="N", help="of 128 pictures (default: 10)")
-    add("--rounds", type=whole, default=3, metavar="N", help="of every measurement (default: 3)")
+    add("--steps", type=cli.number(int, 6), default=10, metavar="N", help="of 128 images (default: 10)")
+    add("--rounds", type=cli.number(int, 1), default=3, metavar="N", help="of every measurement (default: 3)")
     add("--workers", type=cli.number(int, 0), nargs="+", default=[0, 1, 2], metavar="N",
-        help="of the usual DataLoader; the best is taken (default: 0 1 2)")  # fmt: skip
-    add("--json", default="runs/throughput.json", metavar="FILE", help="default: runs/throughput.json")
+        help="of the baselines' DataLoader; the best is taken (default: 0 1 2)")  # fmt: skip
     add("--child", nargs=5, help="what the script starts itself with")
     args = parser.parse_args(argv)
     if args.child:
         return measure(*args.child)
-    device = cli.device(args.device)
-    precision = cli.precision("auto", device)
-    multiplied, copied = limits(precision, device)
-    print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}: multiplies matrices, "
-        f"{precision}, at {multiplied / 1e9:.0f} GFLOP/s; copies at {copied / 1e9:.1f} GB/s.\n"
-        f"So what does fewer than {multiplied / copied:.0f} operations for each byte it moves (batch norms, "
-        "ReLUs, sums) is bound by memory, and what does more (convolutions) by multiplying."
-    )
-    rows = []
+    device, steps, rounds = select_device(args.device), args.steps, range(args.rounds)
+    print(f"{device}, {torch.get_num_threads()} threads, {select_precision('auto', device)}")
+    print(f"torch {torch.__version__}; the median of {args.rounds} rounds (and their range)")
     for size in args.sizes:
-        tried = {n: child("usual", size, args.steps, n, device) for n in args.workers}
-        workers = max(tried, key=lambda n: tried[n]["training"])
-        results = dict(usual=[tried[workers]], ours=[child("ours", size, args.steps, 1, device)])
-        for _ in range(args.rounds - 1):
-            results["usual"].append(child("usual", size, args.steps, workers, device))
-            results["ours"].append(child("ours", size, args.steps, 1, device))
-        rows.append(dict(size=size, workers=workers, **results))
-        print(f"\n{size} px{'usual pipeline':>34}{'ours':>24}{'ratio':>9}")
-        for part in ("training", "evaluation", "input", "memory"):
-            (usual_rate, text), (our_rate, our_text) = (middle(results[key], part) for key in results)
-            unit = "peak GB" if part == "memory" else "images/s"
-            print(f"  {part:<12}{unit:<10}{text}{our_text}{our_rate / usual_rate:6.2f}×")
-        stages = {stage[0]: stage[4] for stage in table(size)}
-        operations = 2 * (3 * stages["total"] - stages["conv1"])  # the pictures need no gradient
-        training = middle(results["ours"], "training")[0]
-        print(
-            f"  the usual with {workers} workers; ours reaches {training * operations / multiplied:.0%} of "
-            f"the matrix rate, and {training / middle(results['ours'], 'input')[0]:.1%} of its time is input",
-            flush=True,
-        )
-    print(f"\ntrain.py at {args.sizes[0]} px, its batch of {BATCH} in parts (--accumulate):")
-    in_parts = {}
-    for parts in (2, 4):
-        in_parts[parts] = result = child("ours", args.sizes[0], args.steps, parts, device)
-        print(
-            f"  {parts}: peak {result['memory'] / 1e9:.1f} GB, {result['training']:.1f} images/s", flush=True
-        )
-    scaling = {}
+        options = dict(project=1)  # micro-batches
+        for pipeline in ("usual", "tuned"):
+            tried = {n: child(pipeline, size, steps, n, device)["training"] for n in args.workers}
+            options[pipeline] = max(tried, key=tried.get)
+        results = {pipeline: [] for pipeline in PIPELINES}
+        for _ in rounds:
+            for pipeline, measured in results.items():
+                measured.append(child(pipeline, size, steps, options[pipeline], device))
+        print(f"\n{size} px".ljust(24) + "".join(f"{pipeline:<24}" for pipeline in PIPELINES) + "ratios")
+        for part, unit in UNITS.items():
+            columns = "".join(f"{spread(results[pipeline], part):<24}" for pipeline in PIPELINES)
+            ratios = (f"{ratio(results['project'], results[other], part):.2f}×" for other in PIPELINES[:2])
+            print(f"  {part:<11}{unit:<10}{columns}{', '.join(ratios)}", flush=True)
+        print(f"  workers: usual {options['usual']}, tuned {options['tuned']}; a save of train.py takes "
+              f"{statistics.median(r['saving'] for r in results['project']):.2f} s")  # fmt: skip
+    largest, smallest = args.sizes[0], args.sizes[-1]
+    print(f"\ntrain.py at {largest} px, its batch of {BATCH} in micro-batches (--accumulate):")
+    for count in (2, 4):
+        result = child("project", largest, steps, count, device)
+        print(f"  {count}: peak {result['memory']:.1f} GB, {result['training']:.1f} images/s", flush=True)
     if device.type == "cpu":
-        for processes in (1, 2) * args.rounds:
-            result = child("ours", args.sizes[-1], args.steps, 1, device, processes=processes)
-            scaling.setdefault(processes, []).append(result)
-        (one, text), (two, two_text) = (middle(scaling[processes], "training") for processes in (1, 2))
-        print(
-            f"torchrun at {args.sizes[-1]} px, one thread a process: 1 process {text.strip()} images/s, "
-            f"2 processes {two_text.strip()}: {two / one:.2f}×"
+        one, two = (
+            [child("project", smallest, steps, 1, device, processes=n) for _ in rounds] for n in (1, 2)
         )
-    ratios = []
-    for _ in range(args.rounds + 1):
-        page, without = (child(how, args.sizes[-1], 2 * args.steps, 1, device) for how in ("page", "ours"))
-        ratios.append(page["training"] / without["training"])
-    print(
-        f"with the live page, {args.sizes[-1]} px: {statistics.median(ratios):.3f} × the images/s without it "
-        f"({min(ratios):.3f}–{max(ratios):.3f}, pairs)",
-        flush=True,
-    )
-    print(f"of every two seconds the page takes {seconds_to_draw(5850):.3f} to draw 5,850 iterations")
-    saving = statistics.median(result["saving"] for row in rows for result in row["ours"])
-    print(f"a save with its curves takes {saving:.2f} s: {saving / 300:.2%} of the five minutes between two")
-    start = seconds_to_first_step(args.data)
-    print(f"python train.py begins its first step after {start:.1f} s, with the pictures read before")
-    cli.folder(Path(args.json).parent)
-    machine = dict(precision=precision, multiplied=multiplied, copied=copied, start=start)
-    result = dict(machine=machine, rows=rows, in_parts=in_parts, scaling=scaling, page=ratios)
-    Path(args.json).write_text(json.dumps(result, indent=1))
-    print(args.json)
+        print(f"torchrun at {smallest} px, a thread a process: 1 process {spread(one, 'training')} images/s, "
+              f"2 processes {spread(two, 'training')}: {ratio(two, one):.2f}×", flush=True)  # fmt: skip
+    pairs = [[child(kind, smallest, 2 * steps, 1, device)] for _ in rounds for kind in ("page", "project")]
+    ratios = [ratio(page, without) for page, without in zip(pairs[::2], pairs[1::2])]
+    print(f"with the live page at {smallest} px: {statistics.median(ratios):.3f} × the images/s without it "
+          f"({min(ratios):.3f}–{max(ratios):.3f}, pairs)", flush=True)  # fmt: skip
+    print(f"the first step begins {seconds_to_first_step(args.data):.1f} s after the call of train.py")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from common.cli import UserError
 
 
 @contextlib.contextmanager
-def replacing(path):
+def atomic_write(path):
     """A binary file to write: at every instant `path` is the whole old file or the whole new one. Raises
     `UserError` if it cannot be written."""
     path = Path(path)
@@ -25,13 +25,13 @@ def replacing(path):
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {path} ({reason}): make room there, or choose another folder")
     finally:
-        with contextlib.suppress(OSError):  # none there, or a disk that has become read-only
+        with contextlib.suppress(OSError):  # it has been moved, or the disk has become read-only
             temporary.unlink()
 
 
 def save(content, path):
-    """Writes `content` (tensors, numbers, text, in lists and dictionaries) by `replacing`."""
-    with replacing(path) as file:
+    """Writes `content` (tensors, numbers, text, in lists and dictionaries) by `atomic_write`."""
+    with atomic_write(path) as file:
         torch.save(content, file)
 
 

@@ -1,7 +1,7 @@
-"""The pictures: finding them, reading them, and making batches of them on the device.
+"""The images: finding them, reading them, and making batches of them on the device.
 
-The way of a picture: uint8 [N, 3, 32, 32] on the device → crop, flip → float, normalise → resize
-to the step's size → network."""
+The way of an image: uint8 [N, 3, 32, 32] on the device → crop, flip → float, normalise → resize to the step's
+size → network."""
 
 import hashlib
 import itertools
@@ -18,38 +18,42 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import checkpoint
-from common.cli import UserError, memory_format
+from common.cli import UserError
+from common.device import memory_format
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
-SIDE = 32  # pixels: what a picture is before it is resized for the network
+SIDE = 32  # pixels: what an image is before it is resized for the network
 FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for which PIL starts programs
-PICTURES = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"  # as files are named
+EXTENSIONS = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"
 ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 
 
 class Dataset(NamedTuple):
+    """Images to train on and to evaluate on, all on one device."""
+
     train_images: torch.Tensor  # uint8 [N, 3, 32, 32]
     train_labels: torch.Tensor  # int64 [N]
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list  # their names, by label
     source: str  # what was read, in words
+    test_split: str = "test"  # or "held-out", if the images to evaluate on are of the training set
 
 
 def load(name, directory):
     """The data set `name`, "cifar10" or "digits", as tensors on the CPU.
 
-    CIFAR-10 comes from `directory`: pictures as train/<class>/* and test/<class>/*, or the python
-    archive, which is downloaded when neither is there. From both the order is the first picture of each
-    class, then the second of each, and so on, so that any part has all classes. Raises `UserError`."""
+    CIFAR-10 comes from `directory`: images as train/<class>/* and test/<class>/*, or the python archive,
+    which is downloaded when neither is there. From both the order is the first image of each class, then the
+    second of each, and so on, so that any part has all classes. Raises `UserError`."""
     if name == "digits":
         return _digits()
     root = Path(directory)
     if not root.is_dir() and root != Path("data"):  # data, the default, is made
         raise UserError(f"no folder {root}: name the one that has CIFAR-10 with --data")
     if (root / "train").is_dir() or (root / "test").is_dir():
-        return _pictures(root)
+        return _image_folders(root)
     return _archive(root)
 
 
@@ -90,10 +94,10 @@ def _archive(root):
             "folders train/<class> and test/<class> there, or try --dataset digits"
         )
 
-    def tensors(part):
-        images, labels = torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)
-        number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of a picture in its class
-        order = (number * len(CIFAR10_CLASSES) + labels).argsort()
+    def tensors(split):
+        images, labels = torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
+        rank = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of an image within its class
+        order = (rank * len(CIFAR10_CLASSES) + labels).argsort()
         return images[order], labels[order]
 
     return Dataset(*tensors(train), *tensors(test), CIFAR10_CLASSES, "CIFAR-10, python archive")
@@ -108,11 +112,11 @@ def _unpack(archive, folder, names):
                 (folder / name).write_bytes(file.read())
 
 
-def _pictures(root):
-    """CIFAR-10 as folders of pictures. What they hold is kept in root/decoded.pt, so that only the
-    first start decodes them; the names, sizes and times of the files tell whether it still holds."""
-    files = {split: _list_pictures(root / split) for split in ("train", "test")}
-    kinds = sorted({name.rsplit(".")[-1].lower() for listed in files.values() for name, *_ in listed})
+def _image_folders(root):
+    """CIFAR-10 as folders of images. What they hold is kept in root/decoded.pt, so that only the first start
+    decodes them; the names, sizes and times of the files tell whether it still holds."""
+    files = {split: _list_images(root / split) for split in ("train", "test")}
+    extensions = sorted({name.rsplit(".")[-1].lower() for listed in files.values() for name, *_ in listed})
     fingerprint = hashlib.sha256(repr(files).encode()).hexdigest()
     cache = root / "decoded.pt"
     try:
@@ -125,22 +129,22 @@ def _pictures(root):
         for split, listed in files.items():
             paths = [root / split / name for name, *_ in listed]
             with ThreadPoolExecutor() as pool:
-                pictures = pool.map(read_picture, paths)
-                progress = tqdm(pictures, f"reading {root / split}", len(paths), leave=False)
+                images = pool.map(read_image, paths)
+                progress = tqdm(images, f"reading {root / split}", len(paths), leave=False)
                 decoded[f"{split}_images"] = torch.stack(list(progress))
             labels = [CIFAR10_CLASSES.index(name.split("/")[0]) for name, *_ in listed]
             decoded[f"{split}_labels"] = torch.tensor(labels)
         try:
             checkpoint.save(decoded, cache)
         except UserError as error:
-            print(f"the next start decodes the pictures again: {error}")
+            print(f"the next start decodes the images again: {error}")
     parts = (decoded[field] for field in Dataset._fields[:4])
-    return Dataset(*parts, CIFAR10_CLASSES, f"CIFAR-10 as {' and '.join(kinds)} pictures")
+    return Dataset(*parts, CIFAR10_CLASSES, f"CIFAR-10 as {' and '.join(extensions)} images")
 
 
-def _list_pictures(folder):
-    """(class/name, size in bytes, time of change) of every picture: the first of each class, then the
-    second of each class, and so on."""
+def _list_images(folder):
+    """(class/name, size in bytes, time of change) of every image: the first of each class, then the second of
+    each class, and so on."""
     by_class = []
     for name in CIFAR10_CLASSES:
         try:
@@ -148,19 +152,19 @@ def _list_pictures(folder):
                 found = sorted(
                     (f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns)
                     for entry in entries
-                    if entry.name.lower().endswith(PICTURES)
+                    if entry.name.lower().endswith(EXTENSIONS)
                 )
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"the class folder {folder / name} is missing: every class needs one")
         if not found:
-            raise UserError(f"the class folder {folder / name} has no pictures: put them there")
+            raise UserError(f"the class folder {folder / name} has no images: put them there")
         by_class.append(found)
     return [entry for row in itertools.zip_longest(*by_class) for entry in row if entry]
 
 
-def read_picture(path):
-    """A picture file as uint8 [3, 32, 32]: centre-cropped to a square and shrunk with antialiasing
-    where it is not that size already. Raises `UserError` if it cannot be read."""
+def read_image(path):
+    """An image file as uint8 [3, 32, 32]: centre-cropped to a square and shrunk with antialiasing where it is
+    not that size already. Raises `UserError` if it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
@@ -168,9 +172,9 @@ def read_picture(path):
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"no picture {path}: name a picture file or the number of a test picture")
+        raise UserError(f"no image {path}: name an image file or the number of a test image")
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}): mend, replace or remove it")
+        raise UserError(f"{path} cannot be read as an image ({error}): mend, replace or remove it")
     return _to_square(image)
 
 
@@ -180,7 +184,7 @@ def _to_square(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def is_there(name, directory):
+def is_present(name, directory):
     """Whether `load` needs no download."""
     parts = "test", ARCHIVE, UNPACKED
     return name == "digits" or any((Path(directory) / part).exists() for part in parts)
@@ -196,17 +200,17 @@ def check_classes(name, classes):
         )
 
 
-def one_picture(image, name, directory, classes):
-    """The picture to look at: (uint8 [3, 32, 32], what it is in words).
+def select_image(image, name, directory, classes):
+    """The image to look at: (uint8 [3, 32, 32], what it is in words).
 
-    `image` is the number of a test picture, a picture file, or None: the first test picture, or,
-    where that data is not there, a photograph that scikit-learn ships. `classes` are those that the
-    network knows. Raises `UserError`."""
+    `image` is the number of a test image, an image file, or None: the first test image, or, where that data
+    is not there, a photograph that scikit-learn ships. `classes` are those that the network knows. Raises
+    `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
-        return read_picture(image), Path(image).name
+        return read_image(image), Path(image).name
     if name == "cifar10" and not Path(directory).is_dir() and Path(directory) != Path("data"):
         raise UserError(f"no folder {directory}: name the one that has CIFAR-10 with --data")
-    if image is None and not is_there(name, directory):
+    if image is None and not is_present(name, directory):
         from sklearn.datasets import load_sample_image
 
         print(
@@ -218,38 +222,38 @@ def one_picture(image, name, directory, classes):
     dataset, index = load(name, directory), int(image or 0)
     if index >= len(dataset.test_images):
         last = len(dataset.test_images) - 1
-        raise UserError(f"no test picture {index}: --image takes 0 to {last}, or a picture file")
+        raise UserError(f"no test image {index}: --image takes 0 to {last}, or an image file")
     label = dataset.classes[dataset.test_labels[index]]
-    return dataset.test_images[index], f"test picture {index}: {label}"
+    return dataset.test_images[index], f"test image {index}: {label}"
 
 
 class Batch(NamedTuple):
-    """Which pictures a step takes, and how: B of them."""
+    """Which images a step takes, and how they are augmented: B of them."""
 
-    order: torch.Tensor  # int64 [B], their numbers
+    indices: torch.Tensor  # int64 [B]
     top: torch.Tensor  # int64 [B], pixels: where the crop begins
     left: torch.Tensor
     flip: torch.Tensor  # bool [B]
 
 
-def plan(n, batch_size, seed, epoch, shift=0, flip=False, device="cpu"):
-    """The batches of an epoch over `n` pictures, shuffled; a last, smaller one is left out unless it is
-    the only one. All is drawn at once from (seed, epoch), so that any step can be done again, on any device.
+def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, device="cpu"):
+    """The batches of an epoch over `n` images, shuffled; a last, smaller one is left out unless it is the
+    only one. All is drawn at once from (seed, epoch), so that any step can be done again, on any device.
 
     A crop is off centre by up to `shift` pixels each way, and half of them are flipped if `flip`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     steps, batch_size = max(1, n // batch_size), min(n, batch_size)
-    order = torch.randperm(n, generator=generator)[: steps * batch_size]
-    places = torch.rand(2, len(order), generator=generator)  # of all possible ones, 0 … 1
-    flips = torch.rand(len(order), generator=generator) < (0.5 if flip else 0)
+    indices = torch.randperm(n, generator=generator)[: steps * batch_size]
+    places = torch.rand(2, len(indices), generator=generator)  # of all possible ones, 0 … 1
+    flips = torch.rand(len(indices), generator=generator) < (0.5 if flip else 0)
     top, left = (places * (2 * shift + 1)).long() - shift
-    parts = (part.to(device).split(batch_size) for part in (order, top, left, flips))
+    parts = (part.to(device).split(batch_size) for part in (indices, top, left, flips))
     return [Batch(*batch) for batch in zip(*parts)]
 
 
-def cropped(images, batch):
-    """The pictures of a batch: uint8 [N, 3, 32, 32] → [B, 3, 32, 32], channels last. Beyond its edge a
-    picture is its own reflection."""
+def augment(images, batch):
+    """The images of a batch, cropped and flipped: uint8 [N, 3, 32, 32] → [B, 3, 32, 32], channels last.
+    Beyond its edge an image is its own reflection."""
 
     def reflect(index):  # … 2 1 | 0 1 2 … 31 | 30 29 …
         return (SIDE - 1) - ((SIDE - 1) - index.abs()).abs()
@@ -257,13 +261,13 @@ def cropped(images, batch):
     index = torch.arange(SIDE, device=images.device)
     rows = reflect(index + batch.top[:, None])
     columns = reflect(torch.where(batch.flip[:, None], index.flip(0), index) + batch.left[:, None])
-    picked = images[batch.order[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)  # the indexing put the channels last
+    crops = images[batch.indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return crops.permute(0, 3, 1, 2)  # the indexing put the channels last
 
 
-def prepare(images, size, mean, std):
-    """What the network gets: uint8 [N, 3, S, S] → float32 [N, 3, size, size], bilinear,
-    (value / 255 - mean) / std per channel."""
+def normalize_and_resize(images, size, mean, std):
+    """What the network gets: uint8 [N, 3, S, S] → float32 [N, 3, size, size], bilinear, (value / 255 - mean)
+    / std per channel."""
     x = images.float().contiguous(memory_format=memory_format(images.device))
     for channel in range(3):  # by plain numbers: a tensor of them would make a GPU wait for its copy
         x[:, channel] = (x[:, channel] - 255 * mean[channel]) / (255 * std[channel])

@@ -1,80 +1,107 @@
-"""Drawing: grids of maps and filters, column charts, curves, a picture beside its pattern."""
+"""Drawing: grids of maps and filters, column charts, curves, images side by side."""
 
-import contextlib
 import math
-import socket
 
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from common.cli import UserError, folder
+from common import inside
 
 rcParams["text.parse_math"] = False  # titles have names of files in them, which may have $ in them
 
 
-def save(figure, args, name, bars=None):
-    """Writes the figure to the folder --out, prints its path, and shows it on the live page if one is
-    open, there with `bars` (see `Myvisdom.show`) if given. Raises `UserError`."""
-    path = folder(args.out) / name
-    try:
-        figure.savefig(path, dpi=90, pil_kwargs=dict(optimize=True))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name another folder with --out")
-    print(path)
-    nothing_there = contextlib.suppress(OSError, ImportError)
-    with nothing_there, socket.create_connection(("127.0.0.1", args.port), timeout=1):
-        from Myvisdom import show  # imports visdom, which takes a second
-
-        show(args.port, name, path, bars)
-
-
-def show(axes, tensor, **options):
-    """Draws uint8 [3, H, W] or float [3, H, W] in 0 … 1 as a picture without ticks."""
-    axes.imshow(tensor.permute(1, 2, 0).cpu().numpy(), **options)
+def show(axes, image, **options):
+    """Draws an image, uint8 [3, H, W] or float [3, H, W] in 0 … 1, without ticks."""
+    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), **options)
     axes.set(xticks=[], yticks=[])
 
 
-def neutral(pattern):
-    """A pattern of either sign as a picture in 0 … 1: zero at neutral grey, its largest at full strength."""
+def pattern_image(pattern):
+    """A pattern of either sign as an image in 0 … 1: zero is mid-grey, its largest value at full contrast."""
     return 0.5 + pattern / (2 * pattern.abs().max().clamp(min=1e-12))
 
 
-def tile(cells, columns, gap):
-    """[N, h, w] or [N, h, w, 3] → one array, `columns` cells a row, NaN between the cells."""
-    n, h, w = cells.shape[:3]
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, *cells.shape[3:]), np.nan)
-    for i, cell in enumerate(cells):
-        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
-        sheet[top : top + h, left : left + w] = cell
-    return sheet
+def side_by_side(images, captions, title):
+    """A figure of `images` side by side, each with its caption below it: [3, H, W] as in `show`, or a feature
+    map [h, w], which gets a colour bar."""
+    figure = Figure(figsize=(3.3 * len(images) + 1.2, 4.3), layout="constrained")
+    figure.suptitle(title)
+    for axes, image, caption in zip(figure.subplots(1, len(images), squeeze=False)[0], images, captions):
+        axes.set_xlabel(caption)
+        if image.dim() == 3:
+            show(axes, image)
+            continue
+        values = image.detach().cpu().numpy()
+        low, high = min(0, values.min()), max(0, values.max())  # low is below 0 before a ReLU
+        shown = axes.imshow(values, cmap="inferno", vmin=low, vmax=high if low < high else 1)
+        axes.set(xticks=[], yticks=[])
+        figure.colorbar(shown, ax=axes, label="activation", shrink=0.75)
+    return figure
+
+
+def reconstruction(image, name, maps, pattern, layer, channel, method):
+    """Figures 8.5.1 and 8.5.2: the image, uint8 [3, S, S], called `name`; map `channel` of its `maps`, [1,
+    channels, h, w]; and the pattern [3, H, W] that the map responded to, by `method`."""
+    captions = name, inside.describe_map(maps, layer, channel), _pattern_caption(method)
+    images = image, maps[0, channel], pattern_image(pattern)
+    return side_by_side(images, captions, f"What map {channel} of {layer} responded to")
+
+
+def close_up(image, name, pattern, layer, channel, method):
+    """As `reconstruction`, of a map's strongest position alone: the image with a frame around what the
+    pattern covers, that part of it enlarged, and the pattern there."""
+    top, left, bottom, right = inside.smallest_box(pattern)
+    height, width = pattern.shape[1:]
+    where = f"where 90 % of the pattern is\n({right - left}×{bottom - top} of {width}×{height} px)"
+    title = f"What map {channel} of {layer} responded to at its strongest position"
+    captions = name, where, _pattern_caption(method)
+    figure = side_by_side((image, image, pattern_image(pattern)), captions, title)
+    for axes in figure.axes[:2]:
+        axes.images[0].set_extent((-0.5, width - 0.5, height - 0.5, -0.5))
+    figure.axes[0].add_patch(
+        Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec="red", lw=2)
+    )
+    for axes in figure.axes[1:]:
+        axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
+    return figure
+
+
+def _pattern_caption(method):
+    return f"the pattern, by {inside.METHOD_NAMES[method]}\n(grey is zero)"
+
+
+def tile(cells, columns, gap, between):
+    """[N, 3, h, w] → one image [3, H, W], `columns` cells a row; `between` is the value of the gap around
+    each."""
+    from torchvision.utils import make_grid  # takes a second to import: only where it is used
+
+    return make_grid(cells, columns, gap, pad_value=between)
 
 
 def grid(cells, columns, title, scale=None, label="", signed=False):
     """A figure of all cells [N, h, w], numbered at the edges, on one scale from 0 (or, if `signed`, from
-    -`scale`, with zero at neutral grey) to `scale`; `label` is the colour bar's.
+    -`scale`, with zero at mid-grey) to `scale`; `label` is the colour bar's.
 
     Or of RGB cells [N, 3, h, w] in 0 … 1, which need no scale."""
     cells = cells.detach().cpu()
     rgb = cells.dim() == 4
-    cells = (cells.permute(0, 2, 3, 1) if rgb else cells).numpy()
-    n, h, w = cells.shape[:3]
-    gap = 1 + w // 40
-    sheet = tile(cells, columns, gap)
-    height = 9 * sheet.shape[0] / sheet.shape[1] * (0.95 if rgb else 0.88) + 0.9
+    (n, h, w), gap = (*cells.shape[:1], *cells.shape[-2:]), 1 + cells.shape[-1] // 40
+    sheet = tile(cells if rgb else cells[:, None], columns, gap, 1.0 if rgb else math.nan)
+    height = 9 * sheet.shape[1] / sheet.shape[2] * (0.95 if rgb else 0.88) + 0.9
     figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(
-        np.nan_to_num(sheet, nan=1.0) if rgb else sheet,
+        sheet.permute(1, 2, 0).numpy() if rgb else sheet[0].numpy(),
         cmap="gray" if signed else "inferno",
         vmin=-scale if signed else 0,
         vmax=scale,
         interpolation="nearest",
     )
     across, down = range(0, columns, max(1, columns // 16)), range(math.ceil(n / columns))
-    axes.set_xticks([c * (w + gap) + (w - 1) / 2 for c in across], [f"+{c}" for c in across])
-    axes.set_yticks([r * (h + gap) + (h - 1) / 2 for r in down], [r * columns for r in down])
+    axes.set_xticks([gap + c * (w + gap) + (w - 1) / 2 for c in across], [f"+{c}" for c in across])
+    axes.set_yticks([gap + r * (h + gap) + (h - 1) / 2 for r in down], [r * columns for r in down])
     axes.tick_params(length=0, labelsize=8)
     axes.set_xlabel("number: that of the row + that of the column", fontsize=8)
     axes.spines[:].set_visible(False)
@@ -100,43 +127,22 @@ def column_chart(values, marked, title, label):
     return figure
 
 
-def picture(image, title, caption):
-    """A figure of one picture, uint8 [3, S, S]."""
-    figure = Figure(figsize=(4.5, 5), layout="constrained")
-    axes = figure.subplots()
-    show(axes, image)
-    axes.set(title=title, xlabel=caption)
-    return figure
-
-
-def picture_and_pattern(image, feature_map, pattern, title, captions):
-    """A figure of three: the picture, uint8 [3, S, S]; the map, [h, w]; the pattern, [3, H, W], zero at
-    neutral grey and its largest value at full strength."""
-    figure = Figure(figsize=(11, 4.3), layout="constrained")
-    axes = figure.subplots(1, 3)
-    show(axes[0], image)
-    values = feature_map.detach().cpu().numpy()
-    lowest, highest = min(0, values.min()), max(0, values.max())  # below 0 before a ReLU
-    shown = axes[1].imshow(values, cmap="inferno", vmin=lowest, vmax=highest if lowest < highest else 1)
-    axes[1].set(xticks=[], yticks=[])
-    figure.colorbar(shown, ax=axes[1], label="activation", shrink=0.75)
-    show(axes[2], neutral(pattern))
-    for axis, caption in zip(axes, captions):
-        axis.set_xlabel(caption)
-    figure.suptitle(title)
-    return figure
+def running_mean(losses):
+    """(window, the means [N - window + 1] of each window of the last iterations' losses): a tenth of all N
+    iterations, at most 100."""
+    window = max(1, min(100, len(losses) // 10))
+    return window, np.convolve(losses, np.ones(window) / window, "valid") if len(losses) else losses
 
 
 def loss_curve(losses, title):
     """Figure 6.2: training loss per iteration, faint, under its running mean."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    losses = np.asarray(losses)
-    axes.plot(np.arange(1, len(losses) + 1), losses, color="#9db7d5", lw=0.7, label="each iteration")
-    window = max(1, min(100, len(losses) // 10))
+    iterations = np.arange(1, len(losses) + 1)
+    axes.plot(iterations, losses, color="#9db7d5", lw=0.7, label="each iteration")
+    window, means = running_mean(losses)
     if window > 1:
-        mean, label = np.convolve(losses, np.ones(window) / window, "valid"), f"mean of the last {window}"
-        axes.plot(np.arange(window, len(losses) + 1), mean, color="#1f4e8c", label=label)
+        axes.plot(iterations[window - 1 :], means, color="#1f4e8c", label=f"mean of the last {window}")
     axes.set(title=f"Training loss ({title})", xlabel="iteration", ylabel="training loss", ylim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -172,13 +178,21 @@ def accuracy_curve(epochs, last_size, title):
     return figure
 
 
+def confusion_matrix(labels, logits):
+    """How many images of each class, the rows, are taken for each class, the columns: int64 [classes,
+    classes] on the CPU, from labels [N] and logits [N, classes]."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(1)
+    return pairs.bincount(minlength=classes**2).view(classes, classes).cpu()
+
+
 def confusion(counts, classes, title):
-    """A figure of a confusion matrix [classes, classes]: rows are what a picture is, columns what the
-    network takes it for; each cell has its count, in figures and as its colour."""
+    """A figure of what `confusion_matrix` counted; each cell has its count, as a number and as its colour."""
     from sklearn.metrics import ConfusionMatrixDisplay  # takes a second to import: not at every start
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
-    ConfusionMatrixDisplay(counts, display_labels=classes).plot(ax=axes, cmap="Blues", xticks_rotation=45)
+    display = ConfusionMatrixDisplay(counts.numpy(), display_labels=classes)
+    display.plot(ax=axes, cmap="Blues", xticks_rotation=45)
     axes.set(title=title, xlabel="the network says", ylabel="it is")
     return figure

@@ -1,88 +1,20 @@
-"""Looking inside a trained network: opening it, the feature maps of a picture, the map that responds
-most, and the pattern that a map responded to."""
-
-from pathlib import Path
-from typing import NamedTuple
+"""Looking inside a trained network: the feature maps of an image, the map that responds most, the pattern
+that a map responded to, and where in the image it was."""
 
 import numpy as np
 import torch
 from torch import nn
 
-from common import checkpoint, cli, data
 from common.cli import UserError
-from MyResnet import ResNet18
 
-SIZES = range(32, 1025)  # pixels: of what a network can see
-REFERENCE = Path(__file__).parent.parent / "weights" / "resnet18_cifar10.pt"
-
-
-class Network(NamedTuple):
-    """A trained network, with what it needs to know of its pictures."""
-
-    model: ResNet18  # in evaluation mode
-    mean: tuple
-    std: tuple
-    classes: list
-    size: int  # pixels: the last that it was trained at
-
-    def prepare(self, images):
-        """uint8 [N, 3, S, S] or [3, S, S] → what the model gets, [N, 3, size, size]."""
-        images = images.view(-1, *images.shape[-3:]).to(self.model.fc.weight.device)
-        return data.prepare(images, self.size, self.mean, self.std)
-
-    def normalise(self, image):
-        """float [N, 3, size, size] in 0 … 1 → what the model gets; gradients pass."""
-        mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (image - mean) / std
-
-
-def load_network(path, dataset, device):
-    """The network in `path`, on `device`; if that is None, the user's own in runs/<dataset>/weights.pt or,
-    without one, the reference network for CIFAR-10. Says which. Raises `UserError`."""
-    if path is None:
-        path = f"runs/{dataset}/weights.pt"
-        if dataset == "cifar10" and not Path(path).exists():
-            path = REFERENCE
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights in {path}: python train.py makes them, --weights names others")
-    saved = checkpoint.load(path)
-    try:
-        saved = dict(saved)
-        model = ResNet18(num_classes=len(saved["classes"]))
-        model.load_state_dict(saved["model"])
-        network = Network(model.eval(), *(saved[key] for key in Network._fields[1:]))
-        three = len(network.mean) == len(network.std) == 3
-        if not (three and min(network.std) > 0 and network.size in SIZES):
-            raise ValueError
-        numbers = [torch.tensor([*network.mean, *network.std]), *model.state_dict().values()]
-        if not all(tensor.isfinite().all() for tensor in numbers):
-            raise UserError(f"{path} has weights that are not finite: name others with --weights")
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} was not written by train.py: name a weights.pt of it with --weights")
-    except RuntimeError as error:
-        detail = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path} has weights of another network ({detail}): name others with --weights")
-    model.to(device, memory_format=cli.memory_format(device))
-    print(f"network: {path}, trained on {saved.get('source')}")
-    return network
-
-
-def from_flags(args):
-    """What a script's flags name: (the network, the picture as uint8 [3, 32, 32], what it is in words,
-    what the model gets of it). Says what the network takes the picture for. Raises `UserError`."""
-    network = load_network(args.weights, args.dataset, cli.device(args.device))
-    picture, name = data.one_picture(args.image, args.dataset, args.data, network.classes)
-    x = network.prepare(picture)
-    print(f"{name}; {prediction(network, x)}")
-    return network, picture, name, x
+STAGES = "conv1 conv2_x conv3_x conv4_x conv5_x".split()  # the layers that have feature maps
 
 
 def feature_maps(model, x, *layers):
     """The feature maps of the named layers, from one forward pass.
 
-    `x` is [N, 3, H, W], normalised; each layer gives [N, channels, h, w]. They stay in the graph
-    where `x` requires a gradient."""
+    `x` is [N, 3, H, W], normalised; each layer gives [N, channels, h, w]. They stay in the graph where `x`
+    requires a gradient."""
     maps = {}
 
     def keep(name):
@@ -107,65 +39,72 @@ def check_layer(model, layer):
         )
 
 
-def strengths(maps):
-    """How strongly each map responds: [1, channels, h, w] → [channels], the mean activation."""
+def mean_activations(maps):
+    """How strongly each map responds: [1, channels, h, w] → [channels]."""
     return maps[0].detach().mean((1, 2))
 
 
-def choose_maps(maps, wanted):
-    """The numbers that `wanted` asks for: "7", "7,43", or "strongest:3". Raises `UserError`."""
-    kind, _, count = wanted.partition(":")
+def choose_maps(maps, selection):
+    """The channels of `maps`, [1, channels, h, w], that --map selects: "7", "7,43", or "strongest:3", the
+    three with the highest mean activation. Raises `UserError`."""
+    kind, _, count = selection.partition(":")
     if kind == "strongest" and count.isdecimal() and 0 < int(count) <= maps.shape[1]:
-        return strengths(maps).argsort(descending=True)[: int(count)].tolist()
-    if all(number.isdecimal() and len(number) < 10 for number in wanted.split(",")):
-        return [choose_map(maps, int(number)) for number in wanted.split(",")]
-    raise UserError(f"no maps {wanted!r}: --map takes a number, several as 7,43, or strongest:K")
+        return mean_activations(maps).argsort(descending=True)[: int(count)].tolist()
+    if not all(number.isdecimal() and len(number) < 10 for number in selection.split(",")):
+        raise UserError(f"no maps {selection!r}: --map takes a number, several as 7,43, or strongest:K")
+    return [check_channel(maps, int(number)) for number in selection.split(",")]
 
 
-def choose_map(maps, number=None):
-    """`number` if there is such a map, or without one the map that responds most strongly.
-    `maps` is [1, channels, h, w]. Raises `UserError`."""
-    if number is None:
-        return int(strengths(maps).argmax())
-    if number >= maps.shape[1]:
-        raise UserError(f"no map {number} in this layer: --map takes 0 to {maps.shape[1] - 1}")
-    return number
+def check_channel(maps, channel):
+    """`channel`, if `maps`, [1, channels, h, w], have it. Raises `UserError`."""
+    if channel >= maps.shape[1]:
+        raise UserError(f"no map {channel} in this layer: --map takes 0 to {maps.shape[1] - 1}")
+    return channel
 
 
-STAGES = "conv1 conv2_x conv3_x conv4_x conv5_x".split()  # the layers that look at the picture
+def describe_map(maps, layer, channel):
+    """A map of `maps`, [1, channels, h, w], in words: which it is, and how strongly it responds."""
+    if not maps[0, channel].any():
+        return f"map {channel} of {layer} is silent on this image"
+    return f"map {channel} of {layer}, mean activation {mean_activations(maps)[channel]:.3f}"
 
-# How a ReLU passes a gradient back. `ours` is what its derivative makes of it (zero where the ReLU's
-# input was negative), `above` is what came from the layer above.
+
+# How a ReLU passes a gradient back. `grad_output` comes from the layer above; `grad_input` is what the ReLU's
+# derivative makes of it: zero where the ReLU's input was negative.
 RELU_BACKWARD = {
-    "gradient": lambda ours, above: ours,  # Simonyan et al. 2013, https://arxiv.org/abs/1312.6034
-    "deconvnet": lambda ours, above: above.relu(),  # Zeiler, Fergus 2013, arxiv.org/abs/1311.2901
-    "guided": lambda ours, above: ours.relu(),  # Springenberg et al. 2014, arxiv.org/abs/1412.6806
+    # Simonyan et al. 2013, https://arxiv.org/abs/1312.6034
+    "gradient": lambda grad_input, grad_output: grad_input,
+    # Zeiler, Fergus 2013, https://arxiv.org/abs/1311.2901
+    "deconvnet": lambda grad_input, grad_output: grad_output.relu(),
+    # Springenberg et al. 2014, https://arxiv.org/abs/1412.6806
+    "guided": lambda grad_input, grad_output: grad_input.relu(),
 }
 METHOD_NAMES = dict(gradient="the gradient", deconvnet="a deconvnet", guided="guided backpropagation")
 
 
-def reconstruct(model, x, layer, number, method="guided", unit="map"):
-    """The pattern in the picture that a feature map responded to, by backpropagation.
+def reconstruct(model, x, layer, channel, method="guided", unit="map"):
+    """The pattern in the image that a feature map responded to, by backpropagation.
 
-    The map's own activations go back from `layer` as the gradient, with all other maps at zero, down
-    to the pixels; `method`, a key of RELU_BACKWARD, says what a ReLU does with them on the way. With
-    `unit` "max" instead of "map" only the activation at the map's strongest position does (Zeiler,
-    Fergus 2013), with a number only the one at that position of the flattened map. `x` is [1, 3, H, W],
-    normalised; the pattern is [3, H, W], of either sign. Raises `UserError` if there is no such map."""
+    The map's own activations go back from `layer` as the gradient, with all other maps at zero, down to the
+    pixels; `method`, a key of RELU_BACKWARD, says what a ReLU does with them on the way. With `unit` "max"
+    instead of "map" only the activation at the map's strongest position does (Zeiler, Fergus 2013), with a
+    number only the one at that position of the flattened map. `x` is [1, 3, H, W], normalised; the pattern is
+    [3, H, W], of either sign. Raises `UserError` if there is no such map."""
     rule = RELU_BACKWARD[method]
     x = x.detach().requires_grad_()
     relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
     hooks = [
-        relu.register_full_backward_hook(lambda module, ours, above: (rule(ours[0], above[0]),))
+        relu.register_full_backward_hook(
+            lambda module, grad_input, grad_output: (rule(grad_input[0], grad_output[0]),)
+        )
         for relu in relus
     ]
     try:
         (maps,) = feature_maps(model, x, layer)
-        number = choose_map(maps, number)
+        activations = maps[0, check_channel(maps, channel)].detach().flatten()
+        places = slice(None) if unit == "map" else int(activations.argmax()) if unit == "max" else unit
         signal = torch.zeros_like(maps)
-        chosen = maps[0, number].detach().flatten()
-        places = slice(None) if unit == "map" else int(chosen.argmax()) if unit == "max" else unit
-        signal[0, number].view(-1)[places] = chosen[places]
+        signal[0, channel].view(-1)[places] = activations[places]
         (pattern,) = torch.autograd.grad(maps, x, signal)
     finally:
         for hook in hooks:
@@ -208,11 +147,3 @@ def smallest_box(pattern, share=0.9):
                 best, left = areas.min(), areas.argmin()
                 box = top, int(left), bottom, int(rights[left])
     return box
-
-
-@torch.no_grad()
-def prediction(network, x):
-    """What the network takes the picture `x` [1, 3, H, W] for, in words."""
-    probabilities = network.model(x)[0].softmax(0)
-    best = int(probabilities.argmax())
-    return f"the network says {network.classes[best]} ({probabilities[best]:.0%})"

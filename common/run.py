@@ -1,7 +1,7 @@
-"""A training run on disk: what it consists of, saving it, going on with it, keeping an earlier one.
+"""A training run on disk: what it consists of, saving it, resuming it, keeping an earlier one.
 
-Its files are last.pt (all that it takes to go on), weights.pt (all that it takes to look inside),
-loss.csv, metrics.csv and their curves."""
+Its files are last.pt (all that it takes to go on), weights.pt (all that it takes to look inside), loss.csv,
+metrics.csv and their curves."""
 
 import contextlib
 import csv
@@ -12,11 +12,13 @@ import os
 import sys
 import time
 
+import filelock
 import torch
 from tqdm import tqdm
 
-from common import checkpoint, cli, figures, ranks
+from common import checkpoint, cli, distributed, figures
 from common.cli import UserError
+from common.device import memory_format
 from MyResnet import ResNet18
 
 FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png last.pt".split()
@@ -24,8 +26,8 @@ FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png last.pt".split()
 
 class Run:
     """A run as far as it is: `model`, `optimizer`, `scaler`, and in `history` all that happened, per
-    iteration and per epoch (the rows of metrics.csv). The history says how far the run is; together with
-    the seed it says what comes next, so no other state needs to be saved.
+    iteration and per epoch (the rows of metrics.csv). The history says how far the run is; together with the
+    seed it says what comes next, so no other state needs to be saved.
 
     `out` is its folder, `saved` a checkpoint to go on from."""
 
@@ -34,7 +36,7 @@ class Run:
         self.about = dict(classes=list(dataset.classes), source=dataset.source, settings=settings)
         self.steps = max(1, len(dataset.train_images) // settings["batch_size"])  # in an epoch
         torch.manual_seed(settings["seed"])
-        self.model = ResNet18(len(dataset.classes)).to(device, memory_format=cli.memory_format(device))
+        self.model = ResNet18(len(dataset.classes)).to(device, memory_format=memory_format(device))
         weights = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim == 1]  # of batch norms, and fc's bias
         groups = [dict(params=weights, weight_decay=settings["weight_decay"]), dict(params=others)]
@@ -42,43 +44,55 @@ class Run:
         self.optimizer = torch.optim.SGD(groups, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)
-        self.kept = 0  # iterations that last.pt holds
+        self.saved_iteration = 0  # the iterations that last.pt holds
         if saved:
             try:
                 self.model.load_state_dict(saved["model"])
                 self.optimizer.load_state_dict(saved["optimizer"])
                 self.scaler.load_state_dict(saved["scaler"])
                 self.history |= saved["history"]
-                self.kept = self.iteration
+                self.saved_iteration = self.iteration
             except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
                 raise UserError(
                     f"{out / 'last.pt'} is of another network, or damaged: start anew in another --out"
                 )
+        self.pending = None  # the latest step's result and learning rate, while they are on the device
         self.saved_at = time.time()  # history["seconds"], those of the unfinished epoch, are up to then
         self.mark = time.perf_counter()  # history["clock"], the seconds of training, is up to then
-        self.unsaved = False  # whether the latest save failed
+        self.save_failed = False  # the latest one
 
     @property
     def iteration(self):
-        """How many are done."""
+        """How many iterations are in the history."""
         return len(self.history["loss"])
 
-    def record(self, loss, accuracy, rate):
-        """Adds an iteration to the history. Raises `UserError` if its loss is not finite."""
+    def record(self, result, learning_rate):
+        """Adds an iteration: `result` is its [loss, accuracy], a tensor. It is read when the next iteration
+        is added, so that the device need not wait. Raises `UserError` if a loss is not finite."""
+        self.read_pending()
+        self.pending = result, learning_rate
+
+    def read_pending(self):
+        """Adds the latest result to the history. Raises `UserError` if its loss is not finite."""
+        if self.pending is None:
+            return
+        (loss, accuracy), rate = self.pending[0].tolist(), self.pending[1]
+        self.pending = None
         self._check(
             math.isfinite(loss), f"the loss is {loss} in iteration {self.iteration + 1}, at rate {rate:.3g}"
         )
         now, clock = time.perf_counter(), self.history["clock"]
-        values = dict(rate=rate, accuracy=accuracy, clock=(clock[-1] if clock else 0.0) + now - self.mark)
-        for key, value in (values | dict(loss=loss)).items():
-            self.history[key].append(value)  # the loss last: the live page counts by it
+        clock.append((clock[-1] if clock else 0.0) + now - self.mark)
+        self.history["rate"].append(rate)
+        self.history["accuracy"].append(accuracy)
+        self.history["loss"].append(loss)  # the last of them: the live page counts by it
         self.mark = now
 
-    def _check(self, finite, what):
+    def _check(self, finite, problem):
         if not finite:
             raise UserError(
-                f"{what}: the run stops; {self.out / 'last.pt'} has iteration {self.kept}, from before: "
-                "start another with a lower --lr, or with --precision fp32"
+                f"{problem}: the run stops; {self.out / 'last.pt'} has iteration {self.saved_iteration}, from "
+                "before: start another with a lower --lr, or with --precision fp32"
             )
 
     def end_epoch(self, size, **measured):
@@ -96,9 +110,10 @@ class Run:
         self.history["seconds"], self.saved_at = 0.0, time.time()
         return row
 
-    def save(self, curves=False, insist=False):
+    def save(self, curves=False, required=False):
         """Writes all files, but `curves` only on demand. If that fails it says so and the run can go on, or
-        if it must `insist` it raises `UserError`, as it does before weights that are not finite."""
+        if it is `required` raises `UserError`, as it does before weights that are not finite."""
+        self.read_pending()
         now, history, sizes = time.time(), self.history, self.settings["sizes"]
         history["seconds"] += now - self.saved_at
         self.saved_at = now
@@ -107,7 +122,7 @@ class Run:
         finite = all(bool(tensor.isfinite().all()) for tensor in halves.values())
         rate = f", at rate {history['rate'][-1]:.3g}" if history["rate"] else ""
         self._check(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
-        if ranks.RANK:
+        if distributed.RANK:
             return  # the first process writes
         network = self.about | dict(
             model=state,
@@ -121,33 +136,35 @@ class Run:
         )
         try:
             checkpoint.save(network | progress, self.out / "last.pt")
-            self.kept = self.iteration
+            self.saved_iteration = self.iteration
             if self.iteration:
                 checkpoint.save(network | dict(model=halves), self.out / "weights.pt")
             self._write_tables()
             if curves:
                 self._draw_curves()
-            self.unsaved = False
+            self.save_failed = False
         except (UserError, OSError) as error:
-            self.unsaved = True
-            message = f"{error}; {self.out / 'last.pt'} has iteration {self.kept}"
-            if insist:
+            self.save_failed = True
+            message = f"{error}; {self.out / 'last.pt'} has iteration {self.saved_iteration}"
+            if required:
                 raise UserError(message)
             tqdm.write(f"{message}; training goes on, and the next save tries again", file=sys.stderr)
+        self.mark = time.perf_counter()
 
     @contextlib.contextmanager
-    def failures_explained(self, parts):
-        """Makes memory that is refused to a batch in so many `parts`, and another process that is gone, a
-        `UserError`."""
+    def explain_failures(self, micro_batches):
+        """Makes memory that is refused to a batch in so many `micro_batches`, and another process that is
+        gone, a `UserError`."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            kept = f"{self.out / 'last.pt'} has iteration {self.kept}"
+            kept = f"{self.out / 'last.pt'} has iteration {self.saved_iteration}"
             if cli.out_of_memory(error):
-                way_out = f"--resume --accumulate {2 * parts} takes it in {2 * parts} parts"
+                parts = 2 * micro_batches
+                way_out = f"--resume --accumulate {parts} takes it in {parts} parts"
                 raise UserError(f"not enough memory for this batch: {way_out}; {kept}")
-            if ranks.lost(error):
-                raise UserError(f"{ranks.LOST}; {kept}: --resume goes on")
+            if distributed.peer_lost(error):
+                raise UserError(f"{distributed.PEER_LOST}; {kept}: --resume goes on")
             raise
 
     def _write_tables(self):
@@ -161,7 +178,7 @@ class Run:
     def _write_table(self, name, rows):
         text = io.StringIO()
         csv.writer(text).writerows(rows)
-        with checkpoint.replacing(self.out / name) as file:
+        with checkpoint.atomic_write(self.out / name) as file:
             file.write(text.getvalue().encode())
 
     def _draw_curves(self):
@@ -171,48 +188,52 @@ class Run:
         if epochs := self.history["epochs"]:
             curves["accuracy.png"] = figures.accuracy_curve(epochs, self.settings["sizes"][-1], title)
         for name, figure in curves.items():
-            with checkpoint.replacing(self.out / name) as file:
+            with checkpoint.atomic_write(self.out / name) as file:
                 figure.savefig(file, format="png", dpi=110)
 
 
 @contextlib.contextmanager
-def alone(out):
-    """Within it no other run can write to the folder `out`, where the system has such locks. Removes what a
-    run left that was killed while it saved. Raises `UserError` if another one is writing."""
-    folder = os.open(out, os.O_RDONLY) if os.name == "posix" else None
+def locked(out):
+    """Within it no other run can write to the folder `out`. Removes what a run left that was killed while it
+    saved. Raises `UserError` if another run is writing there."""
+    lock = filelock.FileLock(out / ".lock")
     try:
-        if folder is not None:
-            import fcntl
-
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another run is writing to {out}: let it end, or choose another --out")
-            except OSError:  # a file system without locks
-                pass
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another run is writing to {out}: let it end, or choose another --out")
+    except (
+        OSError,
+        NotImplementedError,
+    ):  # there are no locks, or nothing can be written: the first save tells
+        pass
+    try:
         for name in FILES:
             for leftover in out.glob(f"{name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         yield
     finally:
-        if folder is not None:
-            os.close(folder)
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows removes it when it is released
+                os.unlink(lock.lock_file)
+            lock.release()
 
 
-def set_aside(out):
+def archive_previous(out):
     """Moves a run that is in the folder `out` already to a new folder in it: nothing is overwritten."""
     old = [out / name for name in FILES if (out / name).exists()]  # last.pt last: till then it can go on
     if out / "last.pt" in old or out / "weights.pt" in old:
-        aside = next(out / f"earlier-{n}" for n in itertools.count(1) if not (out / f"earlier-{n}").exists())
-        aside.mkdir()
+        archive = next(
+            out / f"earlier-{n}" for n in itertools.count(1) if not (out / f"earlier-{n}").exists()
+        )
+        archive.mkdir()
         for path in old:
-            path.rename(aside / path.name)
-        print(f"the run that was in {out} is now in {aside}")
+            path.rename(archive / path.name)
+        print(f"the run that was in {out} is now in {archive}")
 
 
-def resumed(args):
-    """The checkpoint of the run in --out. Raises `UserError` where there is none, or where the flags
-    ask for another run than that."""
+def load_for_resume(args):
+    """The checkpoint of the run in --out. Raises `UserError` where there is none, or where the flags ask for
+    another run than that."""
     path = args.out / "last.pt"
     if not path.is_file():
         raise UserError(f"no run to resume in {args.out}: --out names the folder of one")
@@ -223,19 +244,13 @@ def resumed(args):
         saved["optimizer"], saved["history"]["loss"]
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
-    for flag, was in settings.items():
-        asked = getattr(args, flag)
+    for flag, value in settings.items():
+        requested = getattr(args, flag)
         if flag == "size":
-            was = was[0] if len(set(was)) == 1 else "by its recipe"
-        if asked not in (None, "auto", was):
+            value = value[0] if len(set(value)) == 1 else "by its recipe"
+        if requested not in (None, "auto", value):
             raise UserError(
-                f"the run in {args.out} has --{flag.replace('_', '-')} {was}, not {asked}: resume it with "
-                "that, or start another with --out"
+                f"the run in {args.out} has --{flag.replace('_', '-')} {value}, not {requested}: resume it "
+                "with that, or start another with --out"
             )
     return saved
-
-
-def schedule(sizes):
-    """[96, 96, 224] → "96 px for 2, 224 px for 1" """
-    runs = [(size, len(list(group))) for size, group in itertools.groupby(sizes)]
-    return ", ".join(f"{size} px for {count}" for size, count in runs)

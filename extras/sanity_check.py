@@ -1,6 +1,6 @@
-"""Does a reconstruction tell about the network? The same pattern from the trained network and from ones
-whose stages are randomised, one more at a time from the top down: if it stays, it tells about the picture
-only (Adebayo et al. 2018, https://arxiv.org/abs/1810.03292).
+"""Does a reconstruction tell about the network? The same pattern from the trained network and from ones whose
+stages are randomised, one more at a time from the top down: if it stays, it tells about the image only
+(Adebayo et al. 2018, https://arxiv.org/abs/1810.03292).
 
 python -m extras.sanity_check --layer conv5_x"""
 
@@ -11,12 +11,14 @@ from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 
 from common import cli, figures, inside
+from common.network import from_flags
+from common.page.client import save_figure
 from MyResnet import ResNet18
 
 SEEDS = 5  # networks that are randomised in different ways, for each column
 
 
-def randomised(model, stages, seed=0):
+def randomize(model, stages, seed=0):
     """A copy of the network with those stages as before training."""
     torch.manual_seed(seed)
     model, new = copy.deepcopy(model), ResNet18(model.fc.out_features)
@@ -40,40 +42,46 @@ def main(argv=None):
     parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "map", "out", "device", "port")
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     args = parser.parse_args(argv)
-    network, _, name, x = inside.from_flags(args)
-    number = inside.choose_map(inside.feature_maps(network.model, x, args.layer)[0], args.map)
-    layer = inside.STAGES.index(args.layer)
-    stages = inside.STAGES[layer::-1]  # those that the map depends on, from the top
-    columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
+    network, _, name, x = from_flags(args)
+    (maps,) = inside.feature_maps(network.model, x, args.layer)
+    for channel in inside.choose_maps(maps, args.map):
+        if not maps[0, channel].any():
+            raise cli.UserError(f"{inside.describe_map(maps, args.layer, channel)}: choose another")
+        figure = compare(network.model, x, args.layer, channel, name)
+        save_figure(figure, args, f"sanity_{args.layer}_map{channel}.png")
 
+
+def compare(model, x, layer, channel, name):
+    """A figure of the patterns, a row a method and a column for each further stage that is randomised; prints
+    how similar they are to the trained network's."""
+    stages = inside.STAGES[inside.STAGES.index(layer) :: -1]  # those that the map depends on, from the top
+    columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
     figure = figures.Figure(figsize=(1.75 * len(columns), 6.4), layout="constrained")
     figure.suptitle(
-        f"What map {number} of {args.layer} responded to ({name}), as its network becomes random\n"
+        f"What map {channel} of {layer} responded to ({name}), as its network becomes random\n"
         f"(grey is zero; rank correlation and SSIM with the trained one's: mean, range of {SEEDS} networks)",
         fontsize=11,
     )
     axes = figure.subplots(len(inside.RELU_BACKWARD), len(columns))
-    said = {method: [] for method in inside.RELU_BACKWARD}
-    trained = {}
-    for count, (column, axes_of_column) in enumerate(zip(columns, axes.T)):
-        axes_of_column[0].set_title(column, fontsize=10)
-        models = [randomised(network.model, stages[:count], seed) for seed in range(SEEDS if count else 1)]
-        for method, axis in zip(inside.RELU_BACKWARD, axes_of_column):
-            patterns = [inside.reconstruct(model, x, args.layer, number, method) for model in models]
-            figures.show(axis, figures.neutral(patterns[0]))
-            if not count:
-                trained[method] = patterns[0]
-                axis.set_ylabel(inside.METHOD_NAMES[method])
-                if not patterns[0].any():
-                    raise cli.UserError(f"map {number} of {args.layer} is silent here: choose another")
-                continue
-            likeness = zip(*(similarity(trained[method], pattern) for pattern in patterns))
-            rank, ssim = (f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in likeness)
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column, fontsize=10)
+    trained, results = {}, {method: [] for method in inside.RELU_BACKWARD}
+    for axis, method in zip(axes[:, 0], results):
+        trained[method] = inside.reconstruct(model, x, layer, channel, method)
+        figures.show(axis, figures.pattern_image(trained[method]))
+        axis.set_ylabel(inside.METHOD_NAMES[method])
+    for count, column in enumerate(columns[1:], 1):
+        models = [randomize(model, stages[:count], seed) for seed in range(SEEDS)]
+        for axis, method in zip(axes[:, count], results):
+            patterns = [inside.reconstruct(other, x, layer, channel, method) for other in models]
+            figures.show(axis, figures.pattern_image(patterns[0]))
+            measures = zip(*(similarity(trained[method], pattern) for pattern in patterns))
+            rank, ssim = (f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in measures)
             axis.set_xlabel(f"rank {rank}\nSSIM {ssim}", fontsize=8)
-            said[method].append(f"{column} {rank} {ssim}")
-    for method, texts in said.items():
+            results[method].append(f"{column} {rank} {ssim}")
+    for method, texts in results.items():
         print(f"{method}, rank correlation and SSIM: {', '.join(texts)}")
-    figures.save(figure, args, f"sanity_{args.layer}_map{number}.png")
+    return figure
 
 
 if __name__ == "__main__":

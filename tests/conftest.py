@@ -16,8 +16,8 @@ from common.run import Run
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """CIFAR-10 as folders of pictures: 6 to train on and 3 to test, for each class."""
+def image_folders(tmp_path_factory):
+    """CIFAR-10 as folders of images: 6 to train on and 3 to test, for each class."""
     root = tmp_path_factory.mktemp("cifar10")
     random = np.random.default_rng(0)
     for split, count in (("train", 6), ("test", 3)):
@@ -25,9 +25,9 @@ def pictures(tmp_path_factory):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                picture = random.integers(0, 200, (32, 32, 3), dtype=np.uint8)
-                picture[:, :, label % 3] += np.uint8(5 * label)
-                Image.fromarray(picture).save(folder / f"{i:04}.png")
+                image = random.integers(0, 200, (32, 32, 3), dtype=np.uint8)
+                image[:, :, label % 3] += np.uint8(5 * label)
+                Image.fromarray(image).save(folder / f"{i:04}.png")
     return root
 
 

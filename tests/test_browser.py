@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import test_activations
-from common import data, inside, visdom_files
+from common import data, inside
 from common.cli import UserError
+from common.network import load_network
+from common.page import assets
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,7 +35,7 @@ def browser():
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine")
     try:
-        visdom_files.ensure()
+        assets.ensure()
     except UserError as error:
         pytest.skip(str(error))
     with playwright.sync_playwright() as p:
@@ -117,9 +119,9 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     page.goto(start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights))
     page.wait_for_function("() => document.querySelectorAll('.window').length >= 5", timeout=60_000)
     image = page.locator(".window", has=page.get_by_text("double-click one")).locator("img").first
-    network = inside.load_network(weights, "digits", torch.device("cpu"))
+    network = load_network(weights, "digits", torch.device("cpu"))
     test_images = data.load("digits", "").test_images
-    x = network.prepare(test_images[0])
+    x = network.preprocess(test_images[0])
     (maps,) = inside.feature_maps(network.model, x, "conv5_x")
     number = inside.choose_maps(maps, "strongest:2")[1]  # the first is shown from the start
     row, column = divmod(number, 23)  # 23 columns of 20 px
@@ -139,17 +141,17 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     assert (shown - expected).abs().max() <= 2
     screenshot(page, "explore")
 
-    layer, picture, method = page.locator(".window select").all()
+    layer, test_image, method = page.locator(".window select").all()
     layer.select_option("conv3_x")
     page.get_by_text("The 128 maps of conv3_x").wait_for(timeout=10_000)
     method.select_option("gradient")
     page.get_by_text("conv3_x responded to, by the gradient").wait_for(timeout=10_000)
-    picture.select_option(index=7)
-    page.get_by_text("test picture 7:").wait_for(timeout=10_000)
+    test_image.select_option(index=7)
+    page.get_by_text("test image 7:").wait_for(timeout=10_000)
     for number, x, y in ((11, 11.9, 0.1), (12, 0.1, 1.1), (127, 7.5, 10.5)):  # 12 columns of 40 px
         image.dblclick(position=dict(x=40 * x, y=40 * y))
         page.get_by_text(f"what map {number} of conv3_x responded to").wait_for(timeout=10_000)
-        (maps,) = inside.feature_maps(network.model, network.prepare(test_images[7]), "conv3_x")
+        (maps,) = inside.feature_maps(network.model, network.preprocess(test_images[7]), "conv3_x")
         page.get_by_text(f"mean activation {maps[0, number].mean():.3f}").wait_for(timeout=10_000)
         page.wait_for_function(
             """number => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
@@ -157,7 +159,7 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
             arg=number,
         )
     page.get_by_text("at random").click()
-    page.get_by_text("test picture 7:").wait_for(state="hidden", timeout=10_000)
+    page.get_by_text("test image 7:").wait_for(state="hidden", timeout=10_000)
 
 
 def test_names_of_files_and_runs_are_only_text(page, start, run, tmp_path, free_port):

@@ -1,4 +1,4 @@
-"""Finding, reading, caching and preparing the pictures."""
+"""Finding, reading, caching and preparing the images."""
 
 import hashlib
 import itertools
@@ -19,9 +19,9 @@ from common import data
 from common.cli import UserError
 
 
-def test_folders_hold_what_torchvision_reads(pictures):
-    dataset = data.load("cifar10", pictures)
-    expected = ImageFolder(pictures / "train")
+def test_folders_hold_what_torchvision_reads(image_folders):
+    dataset = data.load("cifar10", image_folders)
+    expected = ImageFolder(image_folders / "train")
     assert dataset.classes == expected.classes
     by_class = {label: [] for label in range(10)}
     for image, label in expected:
@@ -32,17 +32,17 @@ def test_folders_hold_what_torchvision_reads(pictures):
     assert dataset.test_images.shape == (30, 3, 32, 32)
 
 
-def test_any_part_of_the_pictures_has_all_classes(pictures):
-    labels = data.load("cifar10", pictures).train_labels
+def test_any_part_of_the_images_has_all_classes(image_folders):
+    labels = data.load("cifar10", image_folders).train_labels
     assert sorted(labels[:10].tolist()) == sorted(labels[-10:].tolist()) == list(range(10))
 
 
-def test_cache_is_used_and_notices_a_changed_folder(pictures, tmp_path, monkeypatch):
-    root = shutil.copytree(pictures, tmp_path / "copy")
+def test_cache_is_used_and_notices_a_changed_folder(image_folders, tmp_path, monkeypatch):
+    root = shutil.copytree(image_folders, tmp_path / "copy")
     (root / "decoded.pt").unlink(missing_ok=True)
     before = data.load("cifar10", root)
     with monkeypatch.context() as patch:  # from here on, decoding is an error
-        patch.setattr(data, "read_picture", lambda path: pytest.fail("decoded again"))
+        patch.setattr(data, "read_image", lambda path: pytest.fail("decoded again"))
         again = data.load("cifar10", root)
     assert torch.equal(before.train_images, again.train_images)
 
@@ -58,19 +58,19 @@ def test_cache_is_used_and_notices_a_changed_folder(pictures, tmp_path, monkeypa
     assert len(data.load("cifar10", root).test_images) == 29
 
 
-def test_a_new_time_alone_is_a_change(pictures, tmp_path, monkeypatch):
-    root = shutil.copytree(pictures, tmp_path / "copy")
+def test_a_new_time_alone_is_a_change(image_folders, tmp_path, monkeypatch):
+    root = shutil.copytree(image_folders, tmp_path / "copy")
     data.load("cifar10", root)
     os.utime(root / "test" / "cat" / "0000.png", (time.time() + 5, time.time() + 5))
     decoded = []
-    real = data.read_picture
-    monkeypatch.setattr(data, "read_picture", lambda path: decoded.append(path) or real(path))
+    real = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path: decoded.append(path) or real(path))
     data.load("cifar10", root)
     assert len(decoded) == 90
 
 
 def make_archive(root, monkeypatch):
-    """A python archive of CIFAR-10 with few pictures, and its checksums told to torchvision."""
+    """A python archive of CIFAR-10 with few images, and its checksums told to torchvision."""
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -164,91 +164,91 @@ def test_digits_are_those_of_scikit_learn():
     assert dataset.train_images.dtype == torch.uint8 and dataset.train_images.max() > 240
     assert torch.bincount(dataset.test_labels, minlength=10).min() >= 34
     together = torch.cat([dataset.train_images, dataset.test_images])
-    assert len(together.flatten(1).unique(dim=0)) == 1797  # no picture is in both parts
+    assert len(together.flatten(1).unique(dim=0)) == 1797  # no image is in both parts
 
 
 @pytest.mark.parametrize("size", [32, 64, 97, 160, 224])
 def test_resize_is_torchvisions_within_one_grey_level(size):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    ours = data.prepare(images, size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)) * 255
+    ours = data.normalize_and_resize(images, size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)) * 255
     expected = v2.functional.resize(images, [size, size])
     assert (ours.round() - expected.float()).abs().max() <= 1
 
 
-def test_prepare_normalises_each_channel():
+def test_each_channel_is_normalized():
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
     expected = v2.functional.normalize(images / 255, mean, std)
-    ours = data.prepare(images, 32, mean, std)
+    ours = data.normalize_and_resize(images, 32, mean, std)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shift", [0, 2, 4])
 def test_crop_and_flip_are_torchvisions(shift):
-    """Each picture is padded by reflection, cropped at its own place, and flipped if drawn."""
+    """Each image is padded by reflection, cropped at its own place, and flipped if drawn."""
     images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8)
-    for batch in data.plan(60, 20, seed=3, epoch=1, shift=shift, flip=True):
-        result = data.cropped(images, batch)
+    for batch in data.epoch_batches(60, 20, seed=3, epoch=1, shift=shift, flip=True):
+        result = data.augment(images, batch)
         assert result.is_contiguous(memory_format=torch.channels_last)
         for i in range(20):
-            image = v2.functional.pad(images[batch.order[i]], [shift] * 4, padding_mode="reflect")
+            image = v2.functional.pad(images[batch.indices[i]], [shift] * 4, padding_mode="reflect")
             top, left = shift + int(batch.top[i]), shift + int(batch.left[i])
             image = v2.functional.crop(image, top, left, 32, 32)
             assert torch.equal(result[i], v2.functional.hflip(image) if batch.flip[i] else image)
 
 
-def test_plan_shuffles_crops_and_flips():
-    batches = data.plan(5000, 100, seed=0, epoch=0, shift=4, flip=True)
-    order, top, left, flip = (torch.cat(part) for part in zip(*batches))
-    assert sorted(order.tolist()) == list(range(5000))
+def test_batches_are_shuffled_cropped_and_flipped():
+    batches = data.epoch_batches(5000, 100, seed=0, epoch=0, shift=4, flip=True)
+    indices, top, left, flip = (torch.cat(part) for part in zip(*batches))
+    assert sorted(indices.tolist()) == list(range(5000))
     for offsets in (top, left):  # each equally often
         assert offsets.min() == -4 and torch.bincount(offsets + 4, minlength=9).min() > 450
     assert 0.45 < flip.float().mean() < 0.55
-    other = data.plan(5000, 100, seed=0, epoch=1, shift=4, flip=True)
-    assert not torch.equal(batches[0].order, other[0].order)
-    again = data.plan(5000, 100, seed=0, epoch=0, shift=4, flip=True)
+    other = data.epoch_batches(5000, 100, seed=0, epoch=1, shift=4, flip=True)
+    assert not torch.equal(batches[0].indices, other[0].indices)
+    again = data.epoch_batches(5000, 100, seed=0, epoch=0, shift=4, flip=True)
     for batch, same in zip(batches, again):
         assert all(torch.equal(a, b) for a, b in zip(batch, same))
 
 
-def test_plan_without_augmentation_takes_pictures_as_they_are():
+def test_batches_without_augmentation_take_images_as_they_are():
     images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
-    (batch,) = data.plan(10, 10, seed=0, epoch=0)
-    assert torch.equal(data.cropped(images, batch), images[batch.order])
+    (batch,) = data.epoch_batches(10, 10, seed=0, epoch=0)
+    assert torch.equal(data.augment(images, batch), images[batch.indices])
 
 
 def test_batches_are_whole_unless_there_is_only_one():
-    assert [len(batch.order) for batch in data.plan(100, 32, seed=0, epoch=0)] == [32, 32, 32]
-    assert [len(batch.order) for batch in data.plan(100, 500, seed=0, epoch=0)] == [100]
+    assert [len(batch.indices) for batch in data.epoch_batches(100, 32, seed=0, epoch=0)] == [32, 32, 32]
+    assert [len(batch.indices) for batch in data.epoch_batches(100, 500, seed=0, epoch=0)] == [100]
 
 
-def test_a_picture_file_is_cropped_and_shrunk(tmp_path):
+def test_an_image_file_is_cropped_and_shrunk(tmp_path):
     wide = np.zeros((64, 200, 3), np.uint8)
     wide[:, 68:132] = (10, 200, 30)  # the central square
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    image = data.read_picture(tmp_path / "wide.png")
+    image = data.read_image(tmp_path / "wide.png")
     assert image.shape == (3, 32, 32)
     assert image[:, :, 1:-1].flatten(1).unique(dim=1).flatten().tolist() == [10, 200, 30]
 
 
-def test_pictures_of_any_size_and_depth_are_read(tmp_path):
+def test_images_of_any_size_and_depth_are_read(tmp_path):
     Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "dot.png")
-    assert data.read_picture(tmp_path / "dot.png").flatten(1).unique(dim=1).flatten().tolist() == [9, 8, 7]
+    assert data.read_image(tmp_path / "dot.png").flatten(1).unique(dim=1).flatten().tolist() == [9, 8, 7]
     Image.fromarray(np.full((40, 40), 100 * 256 + 7, np.uint16)).save(tmp_path / "deep.png")
-    assert data.read_picture(tmp_path / "deep.png").unique().tolist() == [100]
+    assert data.read_image(tmp_path / "deep.png").unique().tolist() == [100]
     wide = Image.new("RGB", (20_000, 32), "black")
     wide.paste("white", (9_984, 0, 10_016, 32))
     wide.save(tmp_path / "wide.png")
-    assert (data.read_picture(tmp_path / "wide.png") == 255).all()
+    assert (data.read_image(tmp_path / "wide.png") == 255).all()
     frames = [Image.new("L", (32, 32), value) for value in (50, 200)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    assert data.read_picture(tmp_path / "film.gif").unique().tolist() == [50]
+    assert data.read_image(tmp_path / "film.gif").unique().tolist() == [50]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
-def test_pictures_of_other_kinds_are_read(tmp_path, mode):
+def test_images_of_other_kinds_are_read(tmp_path, mode):
     kind = "tif" if mode == "CMYK" else "png"
     Image.new("RGB", (40, 40), "white").convert(mode).save(tmp_path / f"x.{kind}")
-    assert data.read_picture(tmp_path / f"x.{kind}").float().mean() > 250
+    assert data.read_image(tmp_path / f"x.{kind}").float().mean() > 250

@@ -5,6 +5,7 @@ import shutil
 import socket
 import tarfile
 
+import kill_and_resume
 import pytest
 import torch
 from PIL import Image
@@ -17,27 +18,25 @@ import test_filter
 import test_recon_conv1
 import test_recon_conv5
 import train
-from benchmarks import kill_and_resume
-from common import inside
 from common.data import CIFAR10_CLASSES
 from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
 from MyResnet import ResNet18
 
 
 @pytest.fixture(scope="module")
-def things(run, pictures, tmp_path_factory):
+def things(run, image_folders, tmp_path_factory):
     """A folder with good and bad things in it."""
     tmp_path = tmp_path_factory.mktemp("things")
     before = os.getcwd()
     os.chdir(tmp_path)
     shutil.copytree(run, "run")
     for name in ("good", "no_cat", "empty_dog", "broken"):
-        shutil.copytree(pictures, name, ignore=shutil.ignore_patterns("decoded.pt"))
+        shutil.copytree(image_folders, name, ignore=shutil.ignore_patterns("decoded.pt"))
     shutil.rmtree("no_cat/test/cat")
     for path in (tmp_path / "empty_dog/train/dog").iterdir():
         path.unlink()
-    picture = tmp_path / "broken/train/frog/0002.png"
-    picture.write_bytes(picture.read_bytes()[:200])
+    image = tmp_path / "broken/train/frog/0002.png"
+    image.write_bytes(image.read_bytes()[:200])
     (tmp_path / "archive").mkdir()
     (tmp_path / "archive/cifar-10-python.tar.gz").write_bytes(b"wrong")
     (tmp_path / "text.pt").write_text("not weights")
@@ -72,7 +71,7 @@ def things(run, pictures, tmp_path_factory):
     Image.effect_noise((64, 64), 50).save("cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     Image.new("1", (20_000, 20_000)).save("bomb.png")
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     Image.new("RGB", (40, 40)).save("fine.png")
     (tmp_path / "file").touch()
     os.chdir(before)
@@ -91,8 +90,8 @@ DIGITS = "--weights run/weights.pt --dataset digits"
 WRONG = [
     (train, "--data nowhere", "no folder nowhere: name the one that has CIFAR-10 with --data"),
     (train, "--data no_cat", "no_cat/test/cat is missing"),
-    (train, "--data empty_dog", "empty_dog/train/dog has no pictures"),
-    (train, "--data broken", "broken/train/frog/0002.png cannot be read as a picture"),
+    (train, "--data empty_dog", "empty_dog/train/dog has no images"),
+    (train, "--data broken", "broken/train/frog/0002.png cannot be read as an image"),
     (train, "--data archive", "archive/cifar-10-python.tar.gz has a wrong checksum: delete it"),
     (train, "--dataset mnist", "--dataset"),
     (train, "--recipe slow", "--recipe"),
@@ -111,7 +110,7 @@ WRONG = [
     (train, "--device abacus", "no device 'abacus' on this machine: --device takes "),
     (train, "--port 0", "--port"),
     (train, "--what", "--what"),
-    (train, f"{TRAIN} --holdout 1437", "--holdout 1437 leaves no pictures"),
+    (train, f"{TRAIN} --holdout 1437", "--holdout 1437 leaves no images"),
     (train, f"{TRAIN} --out file", "cannot make the folder file"),
     (train, f"{TRAIN} --out file/below", "cannot make the folder file/below"),
     (train, f"{TRAIN} --weights run/weights.pt", "--weights goes with --evaluate"),
@@ -133,9 +132,9 @@ WRONG = [
     (test_filter, "--weights five.pt", "five.pt has weights of another network"),
     (test_filter, "--weights nothing.pt", "nothing.pt has weights of another network"),
     (test_filter, "--weights run/weights.pt --out file", "cannot make the folder file"),
-    (test_featuremaps, "--weights run/weights.pt --image no.png", "no picture no.png"),
-    (test_featuremaps, "--weights run/weights.pt --image text.jpg", "text.jpg cannot be read as a picture"),
-    (test_activations, "--weights run/weights.pt --image run", "run cannot be read as a picture"),
+    (test_featuremaps, "--weights run/weights.pt --image no.png", "no image no.png"),
+    (test_featuremaps, "--weights run/weights.pt --image text.jpg", "text.jpg cannot be read as an image"),
+    (test_activations, "--weights run/weights.pt --image run", "run cannot be read as an image"),
     (test_activations, "--weights run/weights.pt --dataset digits --image 360", "--image takes 0 to 359"),
     (test_activations, "--weights cifar.pt --data good --image 30", "--image takes 0 to 29"),
     (test_recon_conv1, "--weights run/weights.pt --image fine.png --map 64", "--map takes 0 to 63"),
@@ -154,22 +153,22 @@ WRONG = [
     (train, f"{TRAIN} --out /dev/null/run", "cannot make the folder /dev/null/run"),
     (train, "--evaluate --weights cut.pt", "cut.pt is not a checkpoint, or is damaged"),
     (test_filter, "--weights cut.pt", "cut.pt is not a checkpoint, or is damaged"),
-    (test_featuremaps, "--weights run/weights.pt --image empty.png", "empty.png cannot be read as a picture"),
-    (test_featuremaps, "--weights run/weights.pt --image cut.png", "cut.png cannot be read as a picture"),
-    (test_featuremaps, "--weights run/weights.pt --image bomb.png", "bomb.png cannot be read as a picture"),
+    (test_featuremaps, "--weights run/weights.pt --image empty.png", "empty.png cannot be read as an image"),
+    (test_featuremaps, "--weights run/weights.pt --image cut.png", "cut.png cannot be read as an image"),
+    (test_featuremaps, "--weights run/weights.pt --image bomb.png", "bomb.png cannot be read as an image"),
     (test_featuremaps, "--weights run/weights.pt --image 0 --data nowhere", "no folder nowhere"),
-    (test_activations, "--weights run/weights.pt --dataset digits --image ²", "no picture ²"),
+    (test_activations, "--weights run/weights.pt --dataset digits --image ²", "no image ²"),
     (test_filter, "--weights nan.pt", "nan.pt has weights that are not finite"),
     (test_filter, "--weights mean.pt", "mean.pt was not written by train.py"),
     (test_filter, "--weights std.pt", "std.pt was not written by train.py"),
     (train, "--evaluate --dataset digits --weights size.pt", "size.pt was not written by train.py"),
     (train, "--resume --dataset digits --out no_settings", "no_settings/last.pt is no checkpoint of a run"),
     (train, "--resume --dataset digits --out no_history", "no_history/last.pt is no checkpoint of a run"),
-    (train, f"{TRAIN} --out run --accumulate 33", "66 pictures a batch are the least for 1 process and"),
+    (train, f"{TRAIN} --out run --accumulate 33", "66 images a batch are the least for 1 process and"),
     (train, f"{TRAIN} --accumulate 0", "--accumulate: 0 is not 1 or more"),
     (train, f"{TRAIN} --sync-bn", "--sync-bn needs torchrun and CUDA"),
     (train, "--epochs 1000000000000", "--epochs: 1000000000000 is not from 1 to 100000"),
-    (test_activations, f"{DIGITS} --image {'9' * 5000}", "cannot be read as a picture"),
+    (test_activations, f"{DIGITS} --image {'9' * 5000}", "cannot be read as an image"),
     (MyResnet, "--what", "unrecognized arguments: --what"),
     (kill_and_resume, "--kills 0", "--kills: 0 is not 1 or more"),
     (reconstruct, f"{DIGITS} --map {'9' * 5000}", "--map takes a number"),
@@ -210,7 +209,7 @@ def test_wrong_input_gets_one_line(script, flags, message, place, capsys):
 
 
 def test_memory_refused_to_a_figure_is_one_line(place, monkeypatch, capsys):
-    monkeypatch.setattr(inside, "load_network", lambda *args: torch.empty(2**50, dtype=torch.uint8))
+    monkeypatch.setattr(test_filter, "load_network", lambda *args: torch.empty(2**50, dtype=torch.uint8))
     with pytest.raises(SystemExit) as stop:
         test_filter.main(["--weights", "run/weights.pt"])
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: not enough memory for this")

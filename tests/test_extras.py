@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data, inside
+from common import data, figures, inside
+from common.network import load_network
 from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
 
 
 @pytest.fixture(scope="module")
 def network(run):
-    return inside.load_network(run / "weights.pt", "digits", torch.device("cpu"))
+    return load_network(run / "weights.pt", "digits", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def drawn(tmp_path, name):
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_gradcam_is_captums(network, number):
-    x = network.prepare(data.load("digits", "").test_images[5])
+    x = network.preprocess(data.load("digits", "").test_images[5])
     layer = network.model.conv5_x
     expected = captum.attr.LayerGradCam(network.model, layer).attribute(x, number, relu_attributions=True)[
         0, 0
@@ -62,35 +63,35 @@ def test_top_pictures_are_the_strongest(network):
     found = top_pictures.strongest(network, images, batch=10)
     for stage in inside.STAGES:
         with torch.no_grad():
-            (maps,) = inside.feature_maps(network.model, network.prepare(images), stage)
-        values, pictures, positions, means = found[stage]
+            (maps,) = inside.feature_maps(network.model, network.preprocess(images), stage)
+        values, indices, positions, means = found[stage]
         peaks = maps.flatten(2).amax(2)
         torch.testing.assert_close(values, peaks.topk(9, dim=0).values.T, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(means, maps.mean((2, 3)).amax(0), rtol=1e-4, atol=1e-5)
-        at = maps.flatten(2)[pictures, torch.arange(len(values))[:, None], positions]
+        at = maps.flatten(2)[indices, torch.arange(len(values))[:, None], positions]
         torch.testing.assert_close(values, at, rtol=1e-4, atol=1e-5)
 
 
-def test_top_pictures_are_remembered_for_the_same_network_and_pictures(network, tmp_path, monkeypatch):
+def test_top_pictures_are_remembered_for_the_same_network_and_images(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls, real = [], top_pictures.strongest
     monkeypatch.setattr(top_pictures, "strongest", lambda *args: calls.append(1) or real(*args))
     images = data.load("digits", "").test_images[:12]
-    first = top_pictures.remembered(network, images)
-    again = top_pictures.remembered(network, images)
+    first = top_pictures.cached_strongest(network, images)
+    again = top_pictures.cached_strongest(network, images)
     assert len(calls) == 1 and torch.equal(first["conv4_x"][0], again["conv4_x"][0])
-    top_pictures.remembered(network, images.flip(3))
+    top_pictures.cached_strongest(network, images.flip(3))
     assert len(calls) == 2
-    other = network._replace(model=sanity_check.randomised(network.model, ["conv1"]))
-    top_pictures.remembered(other, images.flip(3))
+    other = network._replace(model=sanity_check.randomize(network.model, ["conv1"]))
+    top_pictures.cached_strongest(other, images.flip(3))
     assert len(calls) == 3
     for path in top_pictures.CACHE.iterdir():
         path.write_bytes(b"rubbish")
-    top_pictures.remembered(network, images)
+    top_pictures.cached_strongest(network, images)
     assert len(calls) == 4
 
 
-def test_crop_is_the_receptive_field_within_the_picture():
+def test_crop_is_the_receptive_field_within_the_image():
     assert top_pictures.crop_box(0, 112, 7, 2, 224) == (0, 0, 4, 4)
     assert top_pictures.crop_box(112 * 10 + 20, 112, 7, 2, 224) == (17, 37, 24, 44)
     assert top_pictures.crop_box(48, 7, 435, 32, 224) == (0, 0, 224, 224)
@@ -111,33 +112,36 @@ def test_top_pictures_are_drawn_where_they_respond(flags, tmp_path, monkeypatch)
 
 
 def test_close_up_frames_the_box():
-    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    figure = reconstruct.close_up(picture, torch.zeros(3, 64, 64), (10, 20, 30, 50), "", "", "")
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    pattern = torch.zeros(3, 64, 64)
+    pattern[0, 10, 20] = pattern[1, 29, 49] = 1.0  # opposite corners of what is framed
+    pattern[0, 5, 5] = 0.3  # less than a tenth of the energy
+    figure = figures.close_up(image, "", pattern, "conv1", 0, "guided")
     frame = figure.axes[0].patches[0]
     assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (19.5, 9.5, 30, 20)
     for axis in figure.axes[1:]:
         assert axis.get_xlim() == (19.5, 49.5) and axis.get_ylim() == (29.5, 9.5)
 
 
-def test_maximize_finds_more_than_any_test_picture(network):
+def test_maximize_finds_more_than_any_test_image(network):
     images = data.load("digits", "").test_images
     best = top_pictures.strongest(network, images)["conv3_x"][3]
     number = int(best.argsort()[len(best) // 2])
-    picture, activation = maximize.maximize(network, "conv3_x", number, steps=60)
+    image, activation = maximize.maximize(network, "conv3_x", number, steps=60)
     assert activation > best[number] > 0
-    assert picture.shape == (3, 32, 32) and 0 <= picture.min() and picture.max() <= 1
+    assert image.shape == (3, 32, 32) and 0 <= image.min() and image.max() <= 1
     again, _ = maximize.maximize(network, "conv3_x", number, steps=60)
-    assert torch.equal(picture, again)
+    assert torch.equal(image, again)
     other, _ = maximize.maximize(network, "conv3_x", number, steps=60, seed=1)
-    assert not torch.allclose(picture, other, atol=0.05)
+    assert not torch.allclose(image, other, atol=0.05)
 
 
 def test_maximize_wakes_a_silent_map(network):
     bn = network.model.conv3_x.block2.bn2
     before = bn.bias[0].item()
     with torch.no_grad():
-        start = maximize.picture_of(maximize.noise(32, 0))
-        (maps,) = inside.feature_maps(network.model, network.normalise(start), "conv3_x")
+        start = maximize.to_image(maximize.random_spectrum(32, 0))
+        (maps,) = inside.feature_maps(network.model, network.normalize(start), "conv3_x")
         bn.bias[0] -= maps[0, 0].max() + 0.05
         assert maximize.mean_activation(network, start, "conv3_x", 0) == 0
     try:
@@ -150,12 +154,12 @@ def test_maximize_wakes_a_silent_map(network):
 def test_maximize_draws_and_compares(flags, tmp_path, capsys):
     maximize.main([*flags, "--layer", "conv2_x", "--map", "3", "--steps", "5"])
     drawn(tmp_path, "maximize_conv2_x_map3.png")
-    assert "the best test picture has" in capsys.readouterr().out
+    assert "the best test image has" in capsys.readouterr().out
 
 
 def test_stages_are_randomised_from_the_top(network):
     before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-    other = sanity_check.randomised(network.model, ["conv5_x", "conv4_x"]).state_dict()
+    other = sanity_check.randomize(network.model, ["conv5_x", "conv4_x"]).state_dict()
     for name, tensor in network.model.state_dict().items():
         assert torch.equal(tensor, before[name])
         if name.endswith("conv1.weight"):

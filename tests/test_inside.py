@@ -10,6 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from common import checkpoint, data, inside
 from common.cli import UserError
+from common.network import REFERENCE, load_network
 from MyResnet import ResNet18, to_torchvision
 
 
@@ -49,14 +50,14 @@ def test_reconstructions_are_captums(model, x, layer, method, unit):
 
 @pytest.mark.parametrize("method", CAPTUM)
 def test_reconstructions_of_the_reference_network_are_captums(method):
-    network = inside.load_network(inside.REFERENCE, "cifar10", torch.device("cpu"))
+    network = load_network(REFERENCE, "cifar10", torch.device("cpu"))
     flower = data._to_square(Image.fromarray(load_sample_image("flower.jpg")))
-    assert_captums(network.model, network.prepare(flower), "conv5_x", method, "map")
+    assert_captums(network.model, network.preprocess(flower), "conv5_x", method, "map")
 
 
 def assert_captums(model, x, layer, method, unit):
     (maps,) = inside.feature_maps(model, x, layer)
-    number = inside.choose_map(maps)
+    (number,) = inside.choose_maps(maps, "strongest:1")
     signal = maps.detach()[:, number].clone()
     if unit == "median":  # a position that responds, and is not the strongest
         unit = int((signal == signal[signal > 0].median()).flatten().nonzero()[0])
@@ -108,11 +109,11 @@ def test_strongest_map_has_the_highest_mean():
     maps = torch.zeros(1, 5, 4, 4)
     maps[0, 2] = 1.0
     maps[0, 4, 0, 0] = 15.0  # a higher peak, a lower mean
-    assert inside.choose_map(maps) == 2
-    assert inside.choose_map(maps, 4) == 4
-    assert inside.strengths(maps).tolist() == [0, 0, 1, 0, 15 / 16]
+    assert inside.choose_maps(maps, "strongest:1") == [2]
+    assert inside.choose_maps(maps, "4") == [4]
+    assert inside.mean_activations(maps).tolist() == [0, 0, 1, 0, 15 / 16]
     with pytest.raises(UserError, match="no map 5.*0 to 4"):
-        inside.choose_map(maps, 5)
+        inside.choose_maps(maps, "5")
 
 
 def test_receptive_fields_are_the_papers_and_hold_the_pattern(model):
@@ -150,7 +151,7 @@ def test_smallest_box_is_the_smallest():
 
 def test_maps_can_be_named(model, x):
     (maps,) = inside.feature_maps(model, x, "conv2_x")
-    order = inside.strengths(maps).argsort(descending=True).tolist()
+    order = inside.mean_activations(maps).argsort(descending=True).tolist()
     assert inside.choose_maps(maps, "strongest:3") == order[:3]
     assert inside.choose_maps(maps, "7,43") == [7, 43]
     for wrong in ("64", "strongest:0", "strongest:65", "best", "", "1,,2", "-1"):
@@ -163,7 +164,7 @@ def test_maps_can_be_named(model, x):
 
 
 def test_weights_come_back_as_saved(run):
-    network = inside.load_network(run / "weights.pt", "digits", torch.device("cpu"))
+    network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
     saved = torch.load(run / "weights.pt", weights_only=True)
     assert network.classes == [str(digit) for digit in range(10)] and network.size == 32
     trained = torch.load(run / "last.pt", weights_only=True)["model"]

@@ -57,7 +57,7 @@ def test_stages_have_the_sizes_of_the_papers_table():
 
 
 @pytest.mark.parametrize("size", [32, 33, 47])
-def test_small_pictures_work(size):
+def test_small_images_work(size):
     assert ResNet18(5).eval()(torch.randn(2, 3, size, size)).shape == (2, 5)
 
 

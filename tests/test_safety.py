@@ -7,14 +7,14 @@ import signal
 import sys
 from pathlib import Path
 
+import kill_and_resume
 import pytest
 import torch
 
 import test_filter
 import train
-from benchmarks import kill_and_resume
 from common import checkpoint, data
-from common.run import alone, set_aside
+from common.run import archive_previous, locked
 
 SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
 STEPS = 3  # in an epoch of it
@@ -40,13 +40,13 @@ def at_step(monkeypatch):
     """Makes something happen when a step, counted from 1 in this process, begins."""
 
     def arrange(happenings):
-        count, real = iter(range(1, 1000)), data.cropped
+        count, real = iter(range(1, 1000)), data.augment
 
-        def cropped(images, batch):
+        def augment(images, batch):
             happenings.get(next(count), lambda: None)()
             return real(images, batch)
 
-        monkeypatch.setattr(data, "cropped", cropped)
+        monkeypatch.setattr(data, "augment", augment)
 
     return arrange
 
@@ -225,7 +225,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def test_malicious_pickles_run_nothing(tmp_path, pictures, monkeypatch, capsys):
+def test_malicious_pickles_run_nothing(tmp_path, image_folders, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("weights.pt", "run/last.pt", "data/decoded.pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -240,7 +240,7 @@ def test_malicious_pickles_run_nothing(tmp_path, pictures, monkeypatch, capsys):
         assert stop.value.code == 2
         assert "is not a checkpoint, or is damaged" in capsys.readouterr().err
     for split in ("train", "test"):
-        os.symlink(pictures / split, tmp_path / "data" / split)
+        os.symlink(image_folders / split, tmp_path / "data" / split)
     assert len(data.load("cifar10", "data").train_images) == 60  # decoded again
     assert not (tmp_path / "harm").exists()
     torch.load("run/last.pt", weights_only=False)  # it would have
@@ -255,12 +255,12 @@ def test_earlier_run_is_whole_when_moving_it_is_cut_off(run, tmp_path, monkeypat
     out.mkdir()
     for path in run.iterdir():
         (out / path.name).touch()
-    set_aside(out)
+    archive_previous(out)
     assert moved[-1] == "last.pt" and "weights.pt" in moved
 
 
 def test_folder_of_a_run_is_its_own(tmp_path, capsys):
-    with alone(tmp_path), pytest.raises(SystemExit) as stop:
+    with locked(tmp_path), pytest.raises(SystemExit) as stop:
         start(tmp_path, "--epochs", "1")
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
     assert f"another run is writing to {tmp_path}: let it end" in capsys.readouterr().err
@@ -271,14 +271,14 @@ def test_tables_are_whole_when_the_disk_is_full(tmp_path, monkeypatch):
     """csv.writer's output goes through `replacing` too."""
     start(tmp_path, "--epochs", "1")
     before = {name: (tmp_path / name).read_bytes() for name in ("loss.csv", "metrics.csv")}
-    real = checkpoint.replacing
+    real = checkpoint.atomic_write
 
-    def replacing(path):
+    def atomic_write(path):
         if path.suffix != ".pt":
             monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "full")))
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "replacing", replacing)
+    monkeypatch.setattr(checkpoint, "atomic_write", atomic_write)
     with pytest.raises(SystemExit):
         start(tmp_path, "--epochs", "1", "--resume", "--save-every", "0")
     assert before == {name: (tmp_path / name).read_bytes() for name in before}

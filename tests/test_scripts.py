@@ -14,7 +14,8 @@ import test_filter
 import test_recon_conv1
 import test_recon_conv5
 import train
-from common import data, figures, inside
+from common import data, figures
+from common.network import REFERENCE, load_network
 from MyResnet import to_torchvision
 
 FIGURES = {
@@ -24,7 +25,7 @@ FIGURES = {
         "filters_channel_2.png",
         "filters_rgb.png",
     ],
-    test_featuremaps: ["picture.png", "featuremaps_conv1.png", "featuremaps_conv5_x.png"],
+    test_featuremaps: ["image.png", "featuremaps_conv1.png", "featuremaps_conv5_x.png"],
     test_activations: ["activations_conv1.png", "activations_conv5_x.png"],
     test_recon_conv1: ["recon_conv1_map*_guided.png"],
     test_recon_conv5: ["recon_conv5_x_map*_guided.png"],
@@ -48,8 +49,8 @@ def test_column_charts_name_the_strongest_map(run, tmp_path, capsys):
     flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--image", "7"]
     test_activations.main([*flags, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    network = inside.load_network(run / "weights.pt", "digits", torch.device("cpu"))
-    x = network.prepare(data.load("digits", "").test_images[7])
+    network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
+    x = network.preprocess(data.load("digits", "").test_images[7])
     with torch.no_grad():
         for layer, module in (("conv1", network.model.conv1), ("conv5_x", network.model)):
             stages = [network.model.conv1] if layer == "conv1" else list(module.children())[:5]
@@ -68,12 +69,12 @@ def test_map_and_method_can_be_chosen(run, tmp_path):
     }
 
 
-def test_a_picture_file_of_the_users(run, tmp_path, capsys):
+def test_an_image_file_of_the_users(run, tmp_path, capsys):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "mine.jpg")
     flags = ["--weights", str(run / "weights.pt"), "--out", str(tmp_path)]
     test_featuremaps.main([*flags, "--image", str(tmp_path / "mine.jpg")])
     assert "\nmine.jpg; the network says " in capsys.readouterr().out
-    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
+    pixels = np.asarray(Image.open(tmp_path / "image.png").convert("RGB"))
     assert (np.abs(pixels.astype(int) - (254, 0, 0)).max(2) < 3).mean() > 0.4
 
 
@@ -95,8 +96,8 @@ def test_without_a_run_the_reference_network_is_used(run, tmp_path, monkeypatch,
 
 
 def test_reference_network_is_whole_small_and_of_the_default_recipe():
-    assert inside.REFERENCE.stat().st_size < 24e6
-    saved = torch.load(inside.REFERENCE, weights_only=True)
+    assert REFERENCE.stat().st_size < 24e6
+    saved = torch.load(REFERENCE, weights_only=True)
     assert {"model", "mean", "std", "settings", "accuracy", "source", "classes", "size"} <= saved.keys()
     assert saved["size"] == 224 and saved["accuracy"] > 0.88 and saved["classes"] == data.CIFAR10_CLASSES
     recipe = train.RECIPES["fast"]
@@ -109,8 +110,8 @@ def test_reference_network_is_whole_small_and_of_the_default_recipe():
 def test_zero_is_drawn_at_neutral_grey_on_a_symmetric_scale():
     pattern = torch.zeros(3, 4, 4)
     pattern[0, 0, 0], pattern[1, 3, 3] = 2.0, -1.0
-    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    figure = figures.picture_and_pattern(picture, torch.ones(2, 2), pattern, "", ("", "", ""))
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    figure = figures.reconstruction(image, "", torch.ones(1, 4, 2, 2), pattern, "conv1", 3, "guided")
     assert (figure.axes[1].images[0].get_array() == 1).all()
     drawn = figure.axes[2].images[0].get_array()
     assert drawn[1, 1].tolist() == [0.5, 0.5, 0.5]

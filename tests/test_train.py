@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import train
-from common import cli, data
+from common import data, device
+from common.device import select_precision
 
 SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
 
@@ -44,7 +45,14 @@ def test_run_writes_what_it_says(run, capsys):
 def test_training_learns(tmp_path, capsys):
     start(tmp_path, "--limit", "400", "--batch-size", "20", "--epochs", "3", "--lr", "0.02")
     printed = capsys.readouterr().out
-    assert float(printed.split("test set, 360 pictures: ")[1].split("%")[0]) > 70
+    assert (
+        float(
+            printed.split("test set, 360 images of scikit-learn's handwritten digits at 32 px: accuracy ")[
+                1
+            ].split("%")[0]
+        )
+        > 70
+    )
     assert f"python test_filter.py --weights {tmp_path}/weights.pt" in printed
 
 
@@ -58,8 +66,8 @@ def test_same_seed_same_weights_other_seed_others(tmp_path):
 def test_way_to_go_on_has_the_processes_and_the_device(monkeypatch):
     args = train.parse(["--out", "a b", "--device", "cpu", "--accumulate", "2"])
     assert train.resume_command(args) == "python train.py --resume --out 'a b' --device cpu --accumulate 2"
-    monkeypatch.setattr(train.ranks, "WORLD", 8)
-    monkeypatch.setattr(train.ranks, "LOCAL_WORLD", 4)
+    monkeypatch.setattr(train.distributed, "WORLD_SIZE", 8)
+    monkeypatch.setattr(train.distributed, "LOCAL_WORLD_SIZE", 4)
     args = train.parse(["--dataset", "digits"])
     assert train.resume_command(args) == "torchrun --nproc-per-node=4 train.py --resume --dataset digits"
 
@@ -95,7 +103,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
     flags = "--epochs", "2", *flags.split()
     whole, parts = whole(flags), tmp_path / "parts"
 
-    steps, real, before = [], data.cropped, signal.getsignal(signal.SIGINT)
+    steps, real, before = [], data.augment, signal.getsignal(signal.SIGINT)
 
     def interrupting(images, batch):
         steps.append(batch)
@@ -105,7 +113,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
 
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup started the tests, it is ignored
     with monkeypatch.context() as patch:
-        patch.setattr(data, "cropped", interrupting)
+        patch.setattr(data, "augment", interrupting)
         capsys.readouterr()
         assert start(parts, *flags) == status
     signal.signal(signal.SIGHUP, hangup)
@@ -160,7 +168,7 @@ def test_evaluate_prints_what_training_printed(run, tmp_path, capsys):
     assert f"{tmp_path}/confusion.png" in printed and (tmp_path / "confusion.png").exists()
 
 
-def test_evaluation_is_cross_entropy_and_accuracy_of_all_pictures(run):
+def test_evaluation_is_cross_entropy_and_accuracy_of_all_images(run):
     model, images = torch.nn.Flatten(), torch.randint(0, 256, (260, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 3072, (260,))
     settings = dict(mean=(0.0,) * 3, std=(1.0,) * 3, precision="fp32")
@@ -185,10 +193,10 @@ def test_sizes_follow_their_shares_and_end_at_the_last():
 
 def test_rate_rises_to_its_peak_and_falls_to_nothing():
     settings = dict(lr=0.1, warmup=0.2)
-    rates = [train.rate(settings, step / 100) for step in range(101)]
+    rates = [train.learning_rate(settings, step / 100) for step in range(101)]
     assert rates[0] == 0 and max(rates) == rates[20] == pytest.approx(0.1) and rates[100] == 0
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
-    assert train.rate(dict(lr=0.01, warmup=None), 0.7) == 0.01
+    assert train.learning_rate(dict(lr=0.01, warmup=None), 0.7) == 0.01
 
 
 def test_assignment_recipe_is_the_reports():
@@ -229,13 +237,13 @@ def test_precision_follows_the_hardware(monkeypatch):
     for amx, avx, expected in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        monkeypatch.setattr(cli.platform, "machine", lambda: "x86_64")
-        assert cli.precision("auto", cpu) == expected
+        monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+        assert select_precision("auto", cpu) == expected
     for native, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, n=native: n)
-        assert cli.precision("auto", cuda) == expected
-    assert cli.precision("auto", torch.device("mps")) == "fp32"
-    assert cli.precision("fp16", cpu) == "fp16"
+        assert select_precision("auto", cuda) == expected
+    assert select_precision("auto", torch.device("mps")) == "fp32"
+    assert select_precision("fp16", cpu) == "fp16"
 
 
 def test_loss_curve_smooths():
@@ -297,7 +305,7 @@ def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch, small
     with open(tmp_path / "loss.csv") as file:
         noted = [float(row["rate"]) for row in csv.DictReader(file)]
     settings = dict(lr=0.5, warmup=0.2)
-    expected = [train.rate(settings, i / 6) for i in range(6)]
+    expected = [train.learning_rate(settings, i / 6) for i in range(6)]
     assert noted == pytest.approx(expected, rel=1e-4) and [list(rates) for rates in used] == [
         [pytest.approx(rate)] for rate in expected
     ]
@@ -310,7 +318,10 @@ def test_final_accuracies_are_those_of_their_sets(tmp_path, monkeypatch, capsys,
     )
     start(tmp_path, "--epochs", "1")
     printed = capsys.readouterr().out
-    assert "training set, 200 pictures: 20.00%" in printed and "test set, 360 pictures: 36.00%" in printed
+    assert (
+        "training set, 200 images of scikit-learn's handwritten digits at 32 px: accuracy 20.00%" in printed
+    )
+    assert "test set, 360 images of scikit-learn's handwritten digits at 32 px: accuracy 36.00%" in printed
 
 
 def test_a_data_set_that_grew_is_not_resumed_on(run, monkeypatch, capsys):
@@ -320,4 +331,4 @@ def test_a_data_set_that_grew_is_not_resumed_on(run, monkeypatch, capsys):
     )
     with pytest.raises(SystemExit):
         train.main(["--resume", "--out", str(run), "--dataset", "digits", "--no-visdom"])
-    assert "has 256 training pictures, data now has 200" in capsys.readouterr().err
+    assert "has 256 training images, data now has 200" in capsys.readouterr().err

@@ -10,18 +10,24 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import requests
 import torch
 import visdom
+from visdom.server import build
 
 import Myvisdom
 import test_activations
 import test_filter
 import train
-from common import data, visdom_files
+from common import data
 from common.cli import UserError
+from common.page import assets, client
 
 ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None)
 
@@ -29,8 +35,8 @@ ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=N
 @pytest.fixture
 def port(monkeypatch, free_port):
     """A free port; no server that a page starts outlives the test, whatever happens in it."""
-    servers, start = [], Myvisdom.start_server
-    monkeypatch.setattr(Myvisdom, "start_server", lambda port: servers.append(start(port)) or servers[-1])
+    servers, start = [], client.start_server
+    monkeypatch.setattr(client, "start_server", lambda port: servers.append(start(port)) or servers[-1])
     yield free_port
     for server in servers:
         server.kill()
@@ -89,7 +95,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         history["epochs"].append(ROW)
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
         logits = torch.tensor([[9.0, 0.0], [0.0, 1.0], [0.0, 3.0], [5.0, 0.0]])
-        page.evaluated = images, torch.tensor([0, 0, 0, 1]), logits
+        page.evaluation = images, torch.tensor([0, 0, 0, 1]), logits
         drawn = wait_for(lambda: (now := panes(port, "mine")) and "Mistakes" in now and now)
         assert capsys.readouterr().out.count(f"http://127.0.0.1:{port}/env/mine") == 1
         assert points(drawn["Train Loss"]) == [(1, 2), (2, 1), (3, 0.5), (4, 0.4)]
@@ -107,7 +113,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
             listening = [fields[1] for fields in sockets if fields[3] == "0A"]
             assert [a for a in listening if a.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
         history["epochs"].append(ROW)
-    assert page.server.poll() is not None and not Myvisdom.listening(port)
+    assert page.server.poll() is not None and not client.is_listening(port)
 
     again = subprocess.Popen(
         [sys.executable, Path(Myvisdom.__file__), "--port", str(port)], start_new_session=True
@@ -119,7 +125,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         page, _ = make(port, "other")
         with page:
             assert page.server is None  # this one is not the page's to end
-        assert Myvisdom.listening(port)
+        assert client.is_listening(port)
     finally:
         os.killpg(again.pid, signal.SIGKILL)
         again.wait()
@@ -137,7 +143,7 @@ def test_server_that_dies_comes_back_with_everything(port, tmp_path, monkeypatch
         drawn = wait_for(lambda: (now := panes(port, "mine")) and "Train Loss" in now and now)
         assert points(drawn["Train Loss"]) == [(1, 2), (2, 0.5)]
         assert page.server is not first
-    assert not page._thread.is_alive() and not Myvisdom.listening(port)
+    assert not page._thread.is_alive() and not client.is_listening(port)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be stopped there")
@@ -161,15 +167,16 @@ def test_server_of_a_killed_run_is_used_by_the_next(port, tmp_path, monkeypatch)
 import os, sys, time
 sys.path[:0] = [{str(Path(Myvisdom.__file__).parent)!r}, {str(Path(__file__).parent)!r}]
 import Myvisdom, test_visdom
+from common.page import client
 page, _ = test_visdom.make({port})
-while not Myvisdom.listening({port}): time.sleep(0.1)
+while not client.is_listening({port}): time.sleep(0.1)
 print(page.server.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     result = subprocess.run([sys.executable, "-c", killed], stdout=subprocess.PIPE, text=True)
     server = int(result.stdout.split()[-1])
     try:
-        assert Myvisdom.listening(port)
+        assert client.is_listening(port)
         page, _ = make(port, "next", loss=[3.0])
         with page:
             assert page.server is None
@@ -179,24 +186,56 @@ os.kill(os.getpid(), 9)
         os.kill(server, signal.SIGKILL)
 
 
-def test_files_are_those_that_visdom_would_download(tmp_path, monkeypatch, capsys):
-    wanted = visdom_files.wanted()
-    assert {"js/jquery.min.js", "js/plotly-plotly.min.js", "css/bootstrap.min.css"} <= wanted.keys()
-    assert all(address.startswith("http") for address in wanted.values())
-    index = (visdom_files.STATIC / "index.html").read_text()
-    for name in re.findall(r"js/[\w./-]+\.js", index):
-        assert name in wanted or (visdom_files.STATIC / name).exists(), name
+def downloads(static):
+    """{file below static/: its address} of what the installed visdom would download."""
 
-    monkeypatch.setattr(visdom_files, "STATIC", tmp_path)
-    assert visdom_files.missing() == wanted
-    monkeypatch.setattr(visdom_files, "from_the_web", lambda files: {path: b"1234" for path in files})
-    visdom_files.ensure()
-    assert visdom_files.missing() == {}
+    def opened(what):  # an address, or a request for one: what is "downloaded" is the address itself
+        address = getattr(what, "full_url", what).encode()
+        return SimpleNamespace(read=lambda: address, content=address)
+
+    with (
+        mock.patch.object(urllib.request, "build_opener", lambda *handlers: SimpleNamespace(open=opened)),
+        mock.patch.object(urllib.request, "install_opener"),
+        mock.patch.object(requests, "get", opened),
+        mock.patch.object(build, "print", create=True),
+    ):
+        build.download_scripts(install_dir=static.parent)
+    files = [path for path in static.rglob("*") if path.is_file() and path.name != "version.built"]
+    return {path.relative_to(static).as_posix(): path.read_text() for path in files}
+
+
+def test_files_are_those_that_visdom_would_download(tmp_path):
+    addresses, sources = downloads(tmp_path / "static"), assets.sources()
+    assert sources.keys() == addresses.keys()
+    for file, address in addresses.items():
+        package, version, path = re.fullmatch(r"([\w.-]+)@([\d.]+)/(.+)", sources[file]).groups()
+        if "unpkg.com" in address:
+            expected = address.removeprefix("https://unpkg.com/").partition("#")[0]
+            assert sources[file] in (expected, f"{expected}/index.js")
+        elif "mathjax" in address:
+            assert package == "mathjax" and f"/mathjax/{version}/{path}" in address
+        else:  # plotly and d3, on hosts of their own
+            name, number = re.search(r"/(plotly|d3[a-z-]*?)[-.]v?(\d[\d.]*?)(\.min)?\.js", address).groups()[
+                :2
+            ]
+            assert package in (name, f"{name}.js-dist-min") and f"{version}.".startswith(f"{number}.")
+
+
+def test_files_are_whole_and_of_the_installed_visdom(tmp_path, monkeypatch, capsys):
+    index = (assets.STATIC / "index.html").read_text()
+    for name in re.findall(r"js/[\w./-]+\.js", index):
+        assert name in assets.sources() or (assets.STATIC / name).exists(), name
+
+    monkeypatch.setattr(assets, "STATIC", tmp_path)
+    assert assets.missing() == assets.sources()
+    monkeypatch.setattr(assets, "from_web", lambda files: {path: b"1234" for path in files})
+    assets.ensure()
+    assert assets.missing() == {}
     (tmp_path / "js/jquery.min.js").write_bytes(b"12")  # not whole
     (tmp_path / "js/main.js").unlink(missing_ok=True)
-    assert list(visdom_files.missing()) == ["js/jquery.min.js"]
+    assert list(assets.missing()) == ["js/jquery.min.js"]
     monkeypatch.setattr(visdom, "__version__", "9.9")
-    assert visdom_files.missing().keys() == visdom_files.wanted().keys()
+    assert assets.missing().keys() == assets.sources().keys()
 
 
 def test_without_web_and_npm_one_line_says_so_and_training_goes_on(port, tmp_path, monkeypatch, capsys):
@@ -204,9 +243,9 @@ def test_without_web_and_npm_one_line_says_so_and_training_goes_on(port, tmp_pat
         raise OSError
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(visdom_files, "STATIC", tmp_path / "static")
-    monkeypatch.setattr(visdom_files, "from_the_web", no)
-    monkeypatch.setattr(visdom_files, "from_npm", no)
+    monkeypatch.setattr(assets, "STATIC", tmp_path / "static")
+    monkeypatch.setattr(assets, "from_web", no)
+    monkeypatch.setattr(assets, "from_npm", no)
     page, _ = make(port)
     with page:
         wait_for(lambda: panes(port, "mine"))
@@ -218,20 +257,10 @@ def test_without_web_and_npm_one_line_says_so_and_training_goes_on(port, tmp_pat
     )
 
 
-def test_packages_are_found_for_every_address():
-    for version in (visdom_files.wanted().values(), OTHER_ADDRESSES):
-        for address in version:
-            package, path = visdom_files.in_a_package(address)
-            assert re.fullmatch(r"[\w.-]+@\d[\d.]*", package) and path and "?" not in path and "#" not in path
-
-
-OTHER_ADDRESSES = ["https://x.y/ajax/libs/mathjax/3.2.2/es5/tex-mml-svg.js", "https://x.y/a-b@1.2.3"]
-
-
 def test_a_server_that_cannot_start_is_tried_few_times(port, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     starts, fails = [], [sys.executable, "-S", "-c", "exit(1)"]
-    monkeypatch.setattr(Myvisdom, "start_server", lambda p: starts.append(p) or subprocess.Popen(fails))
+    monkeypatch.setattr(client, "start_server", lambda p: starts.append(p) or subprocess.Popen(fails))
     page, history = make(port)
     with page:
         wait_for(lambda: len(starts) == 4)
@@ -260,44 +289,44 @@ def test_port_of_another_program_is_refused(port, tmp_path):
         other.bind(("127.0.0.1", port))
         other.listen()  # and never answers
         with pytest.raises(UserError, match=f"port {port} is used by another program.*--no-visdom"):
-            Myvisdom.listening(port)
+            client.is_listening(port)
 
 
 def test_server_that_another_has_replaced_is_told_everything(port, tmp_path, monkeypatch):
     """Between two draws, when nothing new is to be drawn."""
     monkeypatch.chdir(tmp_path)
-    first, servers = Myvisdom.start_server(port), []
-    wait_for(lambda: Myvisdom.listening(port))
+    first, servers = client.start_server(port), []
+    wait_for(lambda: client.is_listening(port))
     page, history = make(port, loss=[2.0])
     with page:
         history["epochs"].append(ROW)
         images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-        page.evaluated = images, torch.tensor([0, 1]), torch.eye(2)
+        page.evaluation = images, torch.tensor([0, 1]), torch.eye(2)
         wait_for(lambda: "Mistakes" in panes(port, "mine"))
         wait_for(lambda: page._drawn_evaluation is not None)
-        Myvisdom.end_server(first)
+        client.stop_server(first)
         (tmp_path / "runs/visdom/mine.json").unlink(missing_ok=True)
-        servers.append(Myvisdom.start_server(port))
+        servers.append(client.start_server(port))
         drawn = wait_for(lambda: (now := panes(port, "mine")) and "Mistakes" in now and now)
         assert {"Train Loss", "Validation Accuracy", "Confusion", "Run"} <= drawn.keys()
 
 
 def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch, small_network):
     monkeypatch.chdir(tmp_path)
-    steps, real = [], data.cropped
+    steps, real = [], data.augment
 
-    def cropped(images, batch):
+    def augment(images, batch):
         steps.append(1)
         if len(steps) == 2:
-            wait_for(lambda: Myvisdom.listening(port))
+            wait_for(lambda: client.is_listening(port))
             os.kill(os.getpid(), signal.SIGINT)
         return real(images, batch)
 
-    monkeypatch.setattr(data, "cropped", cropped)
+    monkeypatch.setattr(data, "augment", augment)
     before = set(threading.enumerate())
     flags = "--dataset digits --limit 128 --batch-size 32 --epochs 9 --size 32 --device cpu --precision fp32"
     assert train.main([*flags.split(), "--port", str(port)]) == 130
-    assert len(steps) == 2 and not Myvisdom.listening(port)
+    assert len(steps) == 2 and not client.is_listening(port)
     assert not [t for t in set(threading.enumerate()) - before if "tqdm" not in type(t).__module__]
     assert not list(tmp_path.rglob("*.tmp"))
     (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")
@@ -305,7 +334,10 @@ def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch, small_ne
 
 
 def test_training_goes_on_where_visdom_is_not_installed(free_port, tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "Myvisdom")
+    for name in ("Myvisdom", "common.page.assets", "common.page.server"):
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("assets", "server"):
+        monkeypatch.delattr(f"common.page.{name}")
     monkeypatch.setitem(sys.modules, "visdom", None)
     flags = "--dataset digits --limit 64 --epochs 1 --size 32 --device cpu --precision fp32"
     assert not train.main([*flags.split(), "--out", str(tmp_path)])
@@ -316,12 +348,12 @@ def test_training_goes_on_where_visdom_is_not_installed(free_port, tmp_path, mon
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """Answers "hello", or drips for ever."""
+    """Answers "hello" and the path, or drips for ever."""
 
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b"hello")
+        self.wfile.write(f"hello {self.path}".encode())
         while self.path == "/drip":
             self.wfile.write(b".")
             time.sleep(0.1)
@@ -330,15 +362,16 @@ class Slow(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_files_come_from_the_web_in_time_or_not_at_all(free_port):
+def test_files_come_from_the_web_in_time_or_not_at_all(free_port, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", free_port), Slow)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    web = f"http://127.0.0.1:{free_port}"
-    found = visdom_files.within(9, visdom_files.from_the_web, {"a.js": f"{web}/a", "b.js": f"{web}/b"})
-    assert found == {"a.js": b"hello", "b.js": b"hello"}
-    with pytest.raises(TimeoutError):
-        visdom_files.within(1, visdom_files.from_the_web, {"a.js": f"{web}/drip"})
+    monkeypatch.setattr(assets, "CDN", f"http://127.0.0.1:{free_port}")
+    found = assets.within(9, assets.from_web, {"a.js": "one@1.1/a", "b.js": "one@1.1/b"})
+    assert found == {"a.js": b"hello /one@1.1/a", "b.js": b"hello /one@1.1/b"}
+    began = time.monotonic()
+    assert assets.within(1, assets.from_web, {"a.js": "drip"}) is None
+    assert time.monotonic() - began < 9
     server.shutdown()
     server.server_close()
 
@@ -359,11 +392,11 @@ print(json.dumps([dict(filename=f"{{i}}.tgz") for i in range(len(packages))]))
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     files = {
-        "js/x.js": "https://unpkg.com/two@2.0/dist/a.js",
-        "css/y.css": "https://unpkg.com/one@1.1/b.css?v=3",
+        "js/x.js": "two@2.0/dist/a.js",
+        "css/y.css": "one@1.1/b.css",
     }
     expected = {"js/x.js": b"two@2.0dist/a.js", "css/y.css": b"one@1.1b.css"}
-    assert visdom_files.from_npm(files) == expected
+    assert assets.from_npm(files) == expected
 
 
 def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
@@ -376,4 +409,4 @@ def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
     assert "finished" in saved["Run"]["content"] and "fast" in saved["Run"]["content"]
     told = re.search(r"batch_size</b>&emsp;</td><td>(\d+)<", saved["Run"]["content"])
     assert told[1] == "100"  # all there are, not 128
-    assert not Myvisdom.listening(port)
+    assert not client.is_listening(port)

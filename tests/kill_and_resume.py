@@ -1,5 +1,5 @@
-"""Kills a small training run with SIGKILL at random moments, resumes it each time, and compares where it
-ends with a run that nothing disturbed: python -m benchmarks.kill_and_resume"""
+"""Kills a small training run with SIGKILL at random moments, resumes it each time, and compares where it ends
+with a run that nothing disturbed: python -m tests.kill_and_resume"""
 
 import random
 import subprocess

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import distributed_gradient
 import pytest
-import rank_gradient
 import torch
 
 import train
@@ -43,20 +43,21 @@ def assert_same(one, other):
 
 
 def test_gradient_in_parts_is_that_of_the_batch(double):
-    assert_same(rank_gradient.gradient(parts=3), rank_gradient.gradient(parts=1))
+    assert_same(distributed_gradient.gradient(parts=3), distributed_gradient.gradient(parts=1))
 
 
-@pytest.mark.parametrize(
-    "processes, parts", [(2, 2), (3, 1)]
-)  # 14 pictures: 7 + 7 in two parts, and 5 + 5 + 4
+@pytest.mark.parametrize("processes, parts", [(2, 2), (3, 1)])  # 14 images: 7 + 7 in two parts, and 5 + 5 + 4
 def test_gradient_of_many_is_that_of_one(processes, parts, double, free_port, tmp_path):
-    command, meet = (rank_gradient.__file__, tmp_path / "gradient.pt", parts), dict(MASTER_ADDR="127.0.0.1")
+    command, meet = (
+        (distributed_gradient.__file__, tmp_path / "gradient.pt", parts),
+        dict(MASTER_ADDR="127.0.0.1"),
+    )
     meet |= dict(MASTER_PORT=str(free_port), WORLD_SIZE=str(processes))  # as torchrun sets them
     for process in [start(*command, RANK=str(rank), **meet) for rank in range(processes)]:
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 0, error
     *results, logits = torch.load(tmp_path / "gradient.pt", weights_only=True)
-    assert_same(results, rank_gradient.gradient(parts=1))
+    assert_same(results, distributed_gradient.gradient(parts=1))
     assert logits.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -95,9 +96,9 @@ def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, capsys)
     with open(out / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
-    assert printed.count("test set, 360 pictures") == 1  # only the first process prints
+    assert printed.count("test set, 360 images") == 1  # only the first process prints
     train.main(f"--evaluate --dataset digits --precision fp32 --weights {out}/weights.pt --out {out}".split())
-    assert "test set, 360 pictures" in (evaluated := capsys.readouterr().out)
+    assert "test set, 360 images" in (evaluated := capsys.readouterr().out)
     accuracy = float(evaluated.split("accuracy ")[1].split("%")[0])
     assert accuracy == pytest.approx(100 * float(rows[-1]["test_accuracy"]), abs=0.3)  # weights are rounded
 

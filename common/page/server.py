@@ -1,4 +1,4 @@
-"""The visdom server, in a process of its own that imports little else: visdom_server.py PORT FOLDER"""
+"""The visdom server, in a process of its own that imports little else: server.py PORT FOLDER"""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ def serve(port, folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     app.tornado_settings["autoreload"] = False  # else an edit to any module would restart it, empty
 
-    def check(found):  # visdom 0.3 takes another port than one that is busy
-        if found != port:
+    def check(actual):  # visdom 0.3 takes another port than one that is busy
+        if actual != port:
             raise OSError(f"port {port} is busy")
 
     run_server.start_server(

@@ -1,0 +1,1 @@
+"""The visdom page, and what talks to it."""

@@ -1,0 +1,163 @@
+"""A visdom page to look inside a network with: choose a layer, an image and a method, double-click a map."""
+
+import math
+import random
+import time
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import visdom
+
+from common import cli, data, figures, inside
+from common.device import select_device
+from common.network import load_network
+from common.page import assets, client
+
+METHODS = list(inside.RELU_BACKWARD)
+GRID = 480  # pixels: the side of the grid of maps
+LISTED = 100  # test images to choose from by name; the others come at random
+
+
+class Explorer:
+    """The panes, drawn anew when something is chosen."""
+
+    def __init__(self, network, images, labels, page):
+        self.network, self.images, self.labels, self.page = network, images, labels, page
+        self.layer, self.index, self.method = "conv5_x", 0, "guided"
+        self.refresh()
+        page.register_event_handler(self.on_property, "Choose")
+        page.register_event_handler(self.on_click, "Maps")
+
+    def on_property(self, event):
+        """Something was chosen from a list of the pane "Choose", or its button pressed."""
+        if event["event_type"] != "PropertyUpdate":
+            return
+        name, value = self.properties[event["propertyId"]]["name"], event["value"]
+        if name == "layer":
+            self.layer = inside.STAGES[int(value)]
+        elif name == "method":
+            self.method = METHODS[int(value)]
+        elif name == "test image":
+            self.index = self.listed[int(value)]
+        else:
+            self.index = random.randrange(len(self.images))
+        self.refresh()
+
+    def on_click(self, event):
+        """The grid of maps was double-clicked."""
+        place = event.get("image_coord") or {}
+        if event["event_type"] != "Click" or place.get("x") is None:
+            return
+        column, row = int(place["x"] // self.cell), int((place["y"] - self.above) // self.cell)
+        channel = row * self.columns + column
+        if column < self.columns and 0 <= channel < self.maps.shape[1] and channel != self.channel:
+            self.show_map(channel)
+
+    def refresh(self):
+        """Draws everything, for the image and the layer that are chosen, and the map that is strongest
+        there."""
+        self.listed = sorted({*range(min(LISTED, len(self.images))), self.index})
+        names = [f"{i}: {self.network.classes[self.labels[i]]}" for i in self.listed]
+
+        def choice(name, values, selected):
+            return dict(type="select", name=name, value=selected, values=values)
+
+        self.properties = [  # no field to type in: where a pane has an image, visdom swallows every key
+            choice("layer", inside.STAGES, inside.STAGES.index(self.layer)),
+            choice("test image", names, self.listed.index(self.index)),
+            dict(type="button", name="or any other", value="at random"),
+            choice("method", METHODS, METHODS.index(self.method)),
+        ]
+        opts = dict(title="Choose", width=280, height=180)
+        self.page.properties(self.properties, win="Choose", opts=opts)
+        self.x = self.network.preprocess(self.images[self.index])
+        with torch.no_grad():
+            (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
+        label = self.network.classes[self.labels[self.index]]
+        caption = f"test image {self.index}: {label};<br>{self.network.prediction(self.x)}"
+        self._show_images("Image", (self.images[self.index], caption))
+        self._draw_grid()
+        self.show_map(*inside.choose_maps(self.maps, "strongest:1"))
+
+    def _draw_grid(self):
+        count = self.maps.shape[1]
+        self.columns = math.ceil(math.sqrt(count))
+        self.cell = GRID // self.columns
+        cells = F.interpolate(self.maps, self.cell - 1)[0].cpu()
+        tiles = figures.tile(cells[:, None], self.columns, 1, math.nan)[0, 1:, 1:]  # a line after each cell
+        sheet = torch.full(
+            (GRID, GRID), math.nan
+        )  # as large for every layer: visdom keeps a pane as it was first
+        sheet[: tiles.shape[0], : tiles.shape[1]] = tiles
+        # visdom makes panes a multiple of 15 px less 10 high, with 15 px of title, and centres the image below
+        # that, or in visdom 0.2 as if there were none.
+        height = 15 * math.ceil((GRID + 60) / 15) - 10
+        self.above = (height - GRID - (0 if visdom.__version__.startswith("0.2.") else 15)) / 2
+        title = f"The {count} maps of {self.layer}: double-click one"  # a pane's first click only chooses it
+        opts = dict(title=title, width=GRID, height=height - 15)
+        self.page.image(heat_map(sheet, cells.max()), win="Maps", opts=opts)
+
+    def show_map(self, channel):
+        """The map, its column in the chart, and the pattern that it responded to."""
+        self.channel, activations = channel, inside.mean_activations(self.maps).cpu()
+        feature_map = self.maps[0, channel].cpu()
+        pattern = inside.reconstruct(self.network.model, self.x, self.layer, channel, self.method).cpu()
+        pattern = (255 * figures.pattern_image(pattern)).to(torch.uint8)
+        caption = f"what map {channel} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"
+        map_image = torch.from_numpy(heat_map(feature_map, feature_map.max()))
+        map_caption = inside.describe_map(self.maps, self.layer, channel)
+        self._show_images("Map and pattern", (pattern, caption), (map_image, map_caption))
+        mark = dict(
+            x=channel, y=float(activations[channel]), text=f"map {channel}", font=dict(color="#b03a16")
+        )
+        mark |= dict(showarrow=False, yshift=9, bgcolor="white")
+        options = dict(size=(495, 250), bargap=0, annotations=[mark])
+        client.draw_bars(self.page, "Mean activations", activations, channel, "mean activation", **options)
+
+    def _show_images(self, title, *images):
+        """A pane of images, each uint8 [3, H, W] with its caption."""
+        style = "width:190px;image-rendering:pixelated"
+        content = "".join(
+            f"<img src='{client.png(image)}' style='{style}'>"
+            f"<div style='font-size:11px;height:50px'>{caption}</div>"
+            for image, caption in images
+        )
+        self.page.text(content, win=title, opts=dict(title=title, width=205, height=260 * len(images)))
+
+
+def heat_map(values, highest):
+    """[h, w] from 0 to `highest` as uint8 [3, h, w], a NumPy array; NaN is white."""
+    colors = matplotlib.colormaps["inferno"].with_extremes(bad="white")
+    scaled = values.numpy() / max(float(highest), 1e-12)
+    return colors(np.ma.masked_invalid(scaled), bytes=True)[..., :3].transpose(2, 0, 1)
+
+
+def explore(args):
+    """Opens the page and answers it until it is interrupted. Raises `UserError`."""
+    network = load_network(args.weights, args.dataset, select_device(args.device))
+    data.check_classes(args.dataset, network.classes)
+    dataset = data.load(args.dataset, args.data)
+    assets.ensure()
+    server = None if client.is_listening(args.port) else client.start_server(args.port)
+    try:
+        while not client.is_listening(args.port):
+            if server.poll() is not None:
+                raise cli.UserError(f"no visdom server starts on port {args.port}: --port names another")
+            time.sleep(0.2)
+        with cli.stop_signals("closing the page …") as signals:
+            try:
+                page = client.connect(args.port, "explore", events=True)
+                Explorer(network, dataset.test_images, dataset.test_labels, page)
+            except ConnectionError:
+                raise cli.UserError(
+                    f"the visdom server on port {args.port} does not answer: --port names another"
+                )
+            print(f"look inside: {client.address(args.port)}/env/explore (Ctrl-C ends it)", flush=True)
+            while not signals:
+                time.sleep(1)
+                if not client.is_listening(args.port):
+                    raise cli.UserError("the visdom server has ended, and the page with it: start this again")
+    finally:
+        client.stop_server(server)
