@@ -16,13 +16,11 @@ from common.page import assets, client, server
 
 
 class Page:
-    """The panes of one run, drawn anew every two seconds by a thread of its own from what the run has
-    appended to `history`. So nothing that happens to the server stops the run or makes it wait, and a server
-    that comes back shows everything.
+    """The panes of one run, drawn every two seconds by a thread from the run's `history`. So nothing that
+    happens to the server stops the run or makes it wait, and a server that comes back shows everything.
 
-    `history` and `settings` are a run's, `steps` are those of an epoch. The run sets `eta`, how long it will
-    take in words, and `evaluation`: the test images, their labels and the network's logits. Raises
-    `UserError` if something else listens on `port`."""
+    `steps` are those of an epoch. The run sets `eta`, the time left in words, and `evaluation`: the test
+    images, their labels and the network's logits. Raises `UserError` if something else listens on `port`."""
 
     def __init__(self, history, settings, classes, steps, port):
         self.history, self.settings, self.classes, self.steps = history, settings, classes, steps
@@ -35,7 +33,7 @@ class Page:
             except cli.UserError as error:
                 print(f"{error}. All else goes on, and {client.PAGES} keeps what the page would show")
             self.server = client.start_server(port)
-        self._forget()
+        self._client = self._drawn = self._drawn_evaluation = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -44,8 +42,7 @@ class Page:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Draws and saves a last time, and ends the server if this page started it. Takes a moment, or if the
-        server hangs up to 13 seconds."""
+        """Draws and saves a last time, and ends the server if this page started it: at most 13 seconds."""
         self.eta = ""
         self._give_up = time.monotonic() + 8  # a short run may be over before its server is up
         self._closing.set()
@@ -55,10 +52,6 @@ class Page:
             client.stop_server(self.server)
         if self._drawn is None:
             print("the live page could not be drawn: python Myvisdom.py shows what is wrong")
-
-    def _forget(self):
-        """Whatever was drawn is to be drawn again, for a server that knows nothing of it."""
-        self._client = self._drawn = self._drawn_evaluation = None
 
     def _work(self):
         while True:
@@ -70,7 +63,7 @@ class Page:
                     return
             except Exception as error:  # the page is a comfort, never a reason to end the run
                 logging.getLogger(__name__).debug("the live page: %r", error)
-                self._forget()
+                self._client = self._drawn = self._drawn_evaluation = None  # the server may be another
                 ended = self.server is None or self.server.poll() is not None
                 if closing and (ended or time.monotonic() > self._give_up):
                     return
@@ -110,8 +103,7 @@ class Page:
         every = max(1, count // 2000)  # enough points for any screen
         iterations = np.arange(1, count + 1)
         window, means = figures.running_mean(loss)
-        epochs = np.minimum((iterations - 1) // self.steps, self.settings["epochs"] - 1)
-        sizes = np.array(self.settings["sizes"])[epochs]
+        sizes = np.repeat(self.settings["sizes"], self.steps)[:count]
         stride = max(1, min(10, count // 4), count // 100)  # iterations between points of the speed
         speed = self.settings["batch_size"] * stride / np.diff(clock[::stride]).clip(1e-9)
 
@@ -125,8 +117,8 @@ class Page:
         client.draw(self._client, "Train Loss", [raw, mean], "iteration", "loss", yaxis=from_zero)
         rate = line(iterations[::every], rates[::every], "learning rate")
         size = line(iterations[::every], sizes[::every], "image size, px", yaxis="y2")
-        right, margin = dict(overlaying="y", side="right", showgrid=False), dict(l=52, r=40, t=30, b=40)
-        options = dict(size=(290, 335), yaxis2=right | from_zero, margin=margin)
+        right = dict(overlaying="y", side="right", showgrid=False, rangemode="tozero")
+        options = dict(size=(290, 335), yaxis2=right, margin=dict(l=52, r=40, t=30, b=40))
         client.draw(self._client, "Learning Rate", [rate, size], "iteration", **options)
         trace = line(iterations[::stride][1:], speed, "")
         client.draw(self._client, "Speed", [trace], "iteration", "images/s", (240, 335), yaxis=from_zero)
@@ -136,23 +128,23 @@ class Page:
         at_last_size = f"at {self.settings['sizes'][-1]} px"
         names = dict(test_accuracy="validation", train_accuracy="training", last_size_accuracy=at_last_size)
         for key, name in names.items():
-            points = [(row["epoch"], 100 * row[key]) for row in rows if row[key] is not None]
-            x, y = zip(*points) if points else ((), ())
+            x = [row["epoch"] for row in rows if row[key] is not None]
+            y = [100 * row[key] for row in rows if row[key] is not None]
             traces.append(dict(x=x, y=y, name=name, type="scatter", mode="lines+markers"))
         ticks = dict(dtick=1 + len(rows) // 12)
         client.draw(self._client, "Validation Accuracy", traces, "epoch", "%", xaxis=ticks)
 
     def _draw_run(self, count):
-        """What the run is and how far."""
+        """What the run is, and how far."""
         epochs, rows = self.settings["epochs"], list(self.history["epochs"])
-        epoch = min(len(rows), epochs - 1)
-        stopped = self._closing.is_set()
+        epoch, best = min(len(rows), epochs - 1), max([row["test_accuracy"] for row in rows], default=None)
+        state = "stopped" if self._closing.is_set() else "running"
         progress = {
-            "state": "finished" if len(rows) == epochs else "stopped" if stopped else "running",
+            "state": "finished" if len(rows) == epochs else state,
             "epoch": f"{epoch + 1} of {epochs}",
             "step": f"{count - epoch * self.steps} of {self.steps}",
             "time left": self.eta or "–",
-            "best validation accuracy": f"{max(r['test_accuracy'] for r in rows):.2%}" if rows else "–",
+            "best validation accuracy": "–" if best is None else f"{best:.2%}",
         }
         cells = "".join(
             f"<tr><td><b>{html.escape(key)}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
@@ -163,11 +155,9 @@ class Page:
         self._client.text(table, win="Run", opts=dict(title="Run", width=290, height=335))
 
     def _draw_confusion(self, labels, logits):
-        trace = dict(
-            type="heatmap", z=figures.confusion_matrix(labels, logits).tolist(), x=self.classes, y=self.classes,
-            showscale=False, colorscale=[[0, "white"], [1, "#08306b"]],
-            hovertemplate="%{z} images: %{y}, taken for %{x}<extra></extra>",
-        )  # fmt: skip
+        counts, hover = figures.confusion_matrix(labels, logits), "%{z} images: %{y}, taken for %{x}"
+        trace = dict(type="heatmap", z=counts.tolist(), x=self.classes, y=self.classes, showscale=False)
+        trace |= dict(colorscale=[[0, "white"], [1, "#08306b"]], hovertemplate=f"{hover}<extra></extra>")
         axis = dict(type="category", dtick=1, tickfont=dict(size=9))
         axes = dict(xaxis=axis, yaxis=axis | dict(autorange="reversed"), margin=dict(l=80, r=6, t=6, b=70))
         client.draw(self._client, "Confusion", [trace], "the network says", "it is", (330, 335), **axes)
@@ -203,9 +193,8 @@ def main(argv=None):
     try:
         server.serve(args.port, client.PAGES)
     except OSError as error:
-        raise cli.UserError(
-            f"port {args.port} cannot be had ({error.strerror or error}): --port names another"
-        )
+        reason = error.strerror or error
+        raise cli.UserError(f"port {args.port} cannot be had ({reason}): --port names another")
 
 
 if __name__ == "__main__":

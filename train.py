@@ -175,33 +175,33 @@ def backward(model, images, labels, batch, size, settings, scaler, micro_batches
 
 
 class ProgressBar:
-    """A bar for each epoch, one at a time, of images and their speed, with the latest loss and accuracy and
-    the time left of the whole run, which the live page shows too."""
+    """A bar for each epoch, one at a time, of its images and their speed, with the latest loss and accuracy
+    and the time left of the whole run, which the live page shows too."""
 
     def __init__(self, run, page):
         self.run, self.page = run, page
-        self.work = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration: as many pixels
+        self.work = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration: as its pixels
         self.first, self.began = run.iteration, time.time()
 
-    @contextlib.contextmanager
-    def epoch(self, epoch, first, batch_size):
-        """Within it, the bar of an epoch of which `first` steps are done."""
-        steps, settings = self.run.steps, self.run.settings
-        name = f"epoch {epoch + 1}/{settings['epochs']}, {settings['sizes'][epoch]} px"
-        counts = dict(total=steps * batch_size, initial=first * batch_size, unit=" images")
-        quiet = distributed.RANK > 0
-        with tqdm(desc=name, leave=False, dynamic_ncols=True, disable=quiet, **counts) as self.bar:
-            yield
+    def epoch(self, epoch, first):
+        """The bar, as a context, of an epoch of which `first` steps are done."""
+        settings, batch_size = self.run.settings, self.run.batch_size
+        self.bar = tqdm(
+            desc=f"epoch {epoch + 1}/{settings['epochs']}, {settings['sizes'][epoch]} px", unit=" images",
+            total=self.run.steps * batch_size, initial=first * batch_size, leave=False, dynamic_ncols=True,
+            disable=distributed.RANK > 0,
+        )  # fmt: skip
+        return self.bar
 
-    def update(self, iteration, batch_size):
-        """After every step, the number of iterations that are done."""
+    def update(self, iteration):
+        """After each step, with the number of iterations that are done."""
         done, left = self.work[self.first : iteration].sum(), self.work[iteration:].sum()
         self.page.eta = tqdm.format_interval((time.time() - self.began) * left / done)
-        history = self.run.history
-        if self.run.iteration:
-            latest = f"loss {history['loss'][-1]:.3f}, accuracy {history['accuracy'][-1]:.1%}"
-            self.bar.set_postfix_str(f"{latest}, run {self.page.eta} left", refresh=False)
-        self.bar.update(batch_size)
+        if self.run.iteration:  # it lags by one
+            loss, accuracy = (self.run.history[key][-1] for key in ("loss", "accuracy"))
+            latest = f"loss {loss:.3f}, accuracy {accuracy:.1%}, run {self.page.eta} left"
+            self.bar.set_postfix_str(latest, refresh=False)
+        self.bar.update(self.run.batch_size)
 
 
 class NoPage(contextlib.nullcontext):
@@ -217,7 +217,7 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     0. Raises `UserError` when the loss is no longer finite, and when the run cannot be saved at its start or
     end."""
     model = distributed.data_parallel(run.model, sync_bn)
-    progress = ProgressBar(run, page)
+    progress, stop = ProgressBar(run, page), 0
     with cli.stop_signals() as signals, page:
 
         def stop_signal():  # that any of the processes has received, or 0
@@ -237,16 +237,15 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
 
 
 def train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, micro_batches):
-    """Takes the steps of an epoch that the run has not taken yet. Returns the signal that ended it early, or
-    0."""
+    """Takes the steps of an epoch that the run has not taken yet. Returns the signal that ended it, or 0."""
     images, labels, settings = dataset.train_images, dataset.train_labels, run.settings
-    size, augmentation = settings["sizes"][epoch], (settings["shift"], settings["flip"])
+    size, augmentation = settings["sizes"][epoch], dict(shift=settings["shift"], flip=settings["flip"])
     batches = data.epoch_batches(
-        len(images), settings["batch_size"], settings["seed"], epoch, *augmentation, images.device
+        len(images), run.batch_size, settings["seed"], epoch, **augmentation, device=images.device
     )
     first, stop = run.iteration - epoch * run.steps, 0  # first is not 0 when resumed within the epoch
     model.train()
-    with progress.epoch(epoch, first, len(batches[0].indices)):
+    with progress.epoch(epoch, first):
         for iteration, batch in enumerate(batches[first:], run.iteration):
             lr = learning_rate(settings, iteration / (run.steps * settings["epochs"]))
             for group in run.optimizer.param_groups:
@@ -257,7 +256,7 @@ def train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, m
             run.scaler.update()
 
             run.record(result, lr)
-            progress.update(iteration + 1, len(batch.indices))
+            progress.update(iteration + 1)
             if stop := stop_signal():
                 break
             if time.time() - run.saved_at > 60 * save_every:
@@ -279,10 +278,10 @@ def evaluate_epoch(run, dataset, epoch, page):
         progress = f"evaluating at {last_size} px"
         _, last_size_accuracy, _ = evaluate(run.model, images, labels, last_size, settings, progress)
         at_last_size = f" ({last_size_accuracy:.2%} at {last_size} px)"
-    row = run.end_epoch(size, test_loss=loss, test_accuracy=accuracy, last_size_accuracy=last_size_accuracy)
+    row = run.end_epoch(size, loss, accuracy, last_size_accuracy)
     run.save(curves=True)
     print(
-        f"epoch {row['epoch']:2}/{epochs}  {size} px  train loss {row['train_loss']:.3f}, "
+        f"epoch {epoch + 1:2}/{epochs}  {size} px  train loss {row['train_loss']:.3f}, "
         f"accuracy {row['train_accuracy']:6.2%}  test loss {loss:.3f}, "
         f"accuracy {accuracy:6.2%}{at_last_size}  {row['seconds']:.0f} s",
         flush=True,
@@ -294,41 +293,22 @@ def report_accuracy(model, dataset, split, size, settings):
     (accuracy, logits)."""
     images, labels = dataset[:2] if split == "training" else dataset[2:4]
     loss, accuracy, logits = evaluate(model, images, labels, size, settings, f"evaluating, {split} set")
-    print(
-        f"{split} set, {len(labels):,} images of {dataset.source} at {size} px: accuracy {accuracy:.2%}, loss {loss:.3f}"
-    )
+    what = f"{split} set, {len(labels):,} images of {dataset.source} at {size} px"
+    print(f"{what}: accuracy {accuracy:.2%}, loss {loss:.3f}")
     return accuracy, logits
 
 
-def load_data(args, settings, device):
-    """The data set of a run on `device`, as --limit and --holdout say."""
+def load_data(args, settings, device, classes=None):
+    """The data set of a run on `device`, as --limit and --holdout say; `classes` as in `data.load`."""
     with distributed.local_main_first():
-        dataset = data.load(args.dataset, args.data)
-    images, labels = dataset.train_images, dataset.train_labels
+        images, labels, *test, classes, source, split = data.load(args.dataset, args.data, classes)
     if count := settings["holdout"]:
         if count > len(images) - 2:
             raise cli.UserError(f"--holdout {count} leaves no images to train on")
-        dataset = dataset._replace(
-            test_images=images[-count:], test_labels=labels[-count:], test_split="held-out"
-        )
+        test, split = (images[-count:], labels[-count:]), "held-out"
         images, labels = images[:-count], labels[:-count]
-    dataset = dataset._replace(
-        train_images=images[: settings["limit"]], train_labels=labels[: settings["limit"]]
-    )
-    return data.Dataset(*(tensor.to(device) for tensor in dataset[:4]), *dataset[4:])
-
-
-def start_up_lines(settings, dataset, out, device):
-    """What this run is going to do, in two lines."""
-    times = f" × {distributed.WORLD_SIZE}" if distributed.WORLD_SIZE > 1 else ""
-    hint = "" if len(set(settings["sizes"])) == 1 else " (--size 224: every step at 224 px)"
-    return (
-        f"ResNet-18 on {dataset.source}: {len(dataset.train_images):,} training images, "
-        f"{len(dataset.test_images):,} {dataset.test_split} images; "
-        f"{device}{times}, {settings['precision']}; to {out}\n"
-        f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(settings['sizes'])}{hint}; "
-        f"batch {settings['batch_size']}, learning rate {settings['lr']}"
-    )
+    tensors = images[: settings["limit"]], labels[: settings["limit"]], *test
+    return data.Dataset(*(tensor.to(device) for tensor in tensors), classes, source, split)
 
 
 def select_page(args):
@@ -370,20 +350,24 @@ def start_or_resume(args, device):
     folder = re.sub(r"[^\w.-]+", "_", args.out.resolve().name)  # it becomes part of the page's address
     settings.setdefault("name", f"{folder}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     dataset = load_data(args, settings, device)
-    count = len(dataset.train_images)
+    count, processes = len(dataset.train_images), distributed.WORLD_SIZE
     if settings.setdefault("pictures", count) != count:
         raise cli.UserError(
             f"the run in {args.out} has {settings['pictures']} training images, {args.data} now has {count}: "
             "resume it with the same --data"
         )
-    least = 2 * distributed.WORLD_SIZE * args.accumulate  # batch norm needs two images
+    least = 2 * processes * args.accumulate  # batch norm needs two images
     if min(settings["batch_size"], count) < least:
-        processes = f"{distributed.WORLD_SIZE} process{'es' * (distributed.WORLD_SIZE > 1)}"
         raise cli.UserError(
-            f"{least} images a batch are the least for {processes} and --accumulate {args.accumulate}: "
-            "take more by --batch-size, or fewer parts"
+            f"{least} images a batch are the least for {processes} process{'es' * (processes > 1)} and "
+            f"--accumulate {args.accumulate}: take more by --batch-size, or fewer parts"
         )
-    print(start_up_lines(settings, dataset, args.out, device))
+    sizes, times = settings["sizes"], f" × {processes}" if processes > 1 else ""
+    hint = " (--size 224: every step at 224 px)" if len(set(sizes)) > 1 else ""
+    print(f"ResNet-18 on {dataset.source}: {count:,} training images, {len(dataset.test_images):,} "
+          f"{dataset.test_split} images; {device}{times}, {settings['precision']}; to {args.out}\n"
+          f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(sizes)}{hint}; "
+          f"batch {settings['batch_size']}, learning rate {settings['lr']}")  # fmt: skip
     page_class = select_page(args)
     with contextlib.ExitStack() as stack:
         if distributed.RANK == 0:
@@ -392,32 +376,27 @@ def start_or_resume(args, device):
                 archive_previous(args.out)
         run = Run(settings, dataset, args.out, device, saved)
         stack.enter_context(run.explain_failures(args.accumulate))
-        page_settings = settings | dict(
-            device=str(device),
-            batch_size=min(settings["batch_size"], count),
-            schedule=schedule(settings["sizes"]),
-        )
+        shown = dict(batch_size=run.batch_size, device=str(device), schedule=schedule(sizes))
+        page_settings = settings | shown
         page = page_class(run.history, page_settings, dataset.classes, run.steps, args.port)
         signal_number = train(run, dataset, page, args.save_every, args.accumulate, args.sync_bn)
     if signal_number:
         print(f"stopped and saved; it goes on with: {resume_command(args)}")
         return 128 + signal_number
     for split in "training", dataset.test_split:
-        report_accuracy(run.model, dataset, split, settings["sizes"][-1], settings)
-    weights = shlex.quote(str(args.out / "weights.pt"))
+        report_accuracy(run.model, dataset, split, sizes[-1], settings)
+    weights = f"--weights {shlex.quote(str(args.out / 'weights.pt'))}"
     flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
-    print(f"look inside it: python test_filter.py --weights {weights}")
-    print(f"           and: python test_recon_conv5.py --weights {weights}{flags}")
+    print(f"look inside it: python test_filter.py {weights}")
+    print(f"           and: python test_recon_conv5.py {weights}{flags}")
 
 
 def evaluate_weights(args, device):
     """--evaluate: prints the accuracy of a network, of each class too, and draws its confusion matrix."""
     network = load_network(args.weights, args.dataset, device)
-    data.check_classes(args.dataset, network.classes)
-    dataset = load_data(args, dict(holdout=args.holdout, limit=None), device)
-    settings = dict(mean=network.mean, std=network.std)
-    settings["precision"] = select_precision(args.precision or "auto", device)
-    size = args.size or network.size
+    dataset = load_data(args, dict(holdout=args.holdout, limit=None), device, network.classes)
+    precision, size = select_precision(args.precision or "auto", device), args.size or network.size
+    settings = dict(mean=network.mean, std=network.std, precision=precision)
     accuracy, logits = report_accuracy(network.model, dataset, dataset.test_split, size, settings)
     if distributed.RANK:
         return  # the first process tells

@@ -35,6 +35,24 @@ def save(content, path):
         torch.save(content, file)
 
 
+def cached(path, fingerprint, compute):
+    """What `compute()`, a dictionary, gave for this `fingerprint`: from the file `path`, or else computed and
+    saved there, which may fail."""
+    try:
+        content = load(path)
+        if content["fingerprint"] == fingerprint:
+            return content
+    except (UserError, KeyError, TypeError):  # none there, or not one of ours
+        pass
+    content = compute() | dict(fingerprint=fingerprint)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(content, path)
+    except (UserError, OSError) as error:
+        print(f"it will be computed again the next time: {error}")
+    return content
+
+
 def load(path):
     """What `save` wrote, on the CPU. Raises `UserError` if there is none or it is something else."""
     if not Path(path).is_file():

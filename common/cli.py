@@ -90,43 +90,23 @@ def number(kind, low, high=math.inf):
 
 
 FLAGS = {
-    "data": dict(
-        default="data",
-        metavar="DIR",
-        help="where CIFAR-10 is: its python archive, or images as train/<class>/* and test/<class>/* "
-        "(default: data, downloaded when missing)",
-    ),
-    "dataset": dict(
-        default="cifar10",
-        choices=["cifar10", "digits"],
-        help="digits: the 1,797 handwritten digits of scikit-learn, to try everything with no "
-        "download (default: cifar10)",
-    ),
-    "weights": dict(
-        metavar="FILE",
-        help="the trained network (default: runs/<dataset>/weights.pt, or for cifar10 without a run the "
-        "reference network in weights/)",
-    ),
-    "image": dict(
-        metavar="N|FILE", help="image N of the test set, counted from 0, or an image file (default: 0)"
-    ),
-    "map": dict(
-        default="strongest:1",
-        metavar="N",
-        help="a feature map, counted from 0; several as 7,43; or strongest:K, the K with the highest mean "
-        "activation (default: %(default)s)",
-    ),
-    "method": dict(
-        default="guided",
-        choices=["gradient", "guided", "deconvnet"],
-        help="how a ReLU passes the signal back (default: guided)",
-    ),
+    "data": dict(default="data", metavar="DIR", help="where CIFAR-10 is: its python archive, or images as "
+        "train/<class>/* and test/<class>/* (default: data, downloaded when missing)"),
+    "dataset": dict(default="cifar10", choices=["cifar10", "digits"], help="digits: the 1,797 handwritten "
+        "digits of scikit-learn, to try everything with no download (default: cifar10)"),
+    "weights": dict(metavar="FILE", help="the trained network (default: runs/<dataset>/weights.pt, or for "
+        "cifar10 without a run the reference network in weights/)"),
+    "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "
+        "(default: 0)"),
+    "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; or "
+        "strongest:K, the K with the highest mean activation (default: %(default)s)"),
+    "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "
+        "the signal back (default: guided)"),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),
-    "port": dict(
-        type=number(int, 1, 65535), default=8097, metavar="N", help="port of the visdom page (default: 8097)"
-    ),
+    "port": dict(type=number(int, 1, 65535), default=8097, metavar="N", help="port of the visdom page "
+        "(default: 8097)"),
     "device": dict(default="auto", help="cuda, mps or cpu (default: the first that is there)"),
-}
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

@@ -41,17 +41,21 @@ class Dataset(NamedTuple):
     test_split: str = "test"  # or "held-out", if the images to evaluate on are of the training set
 
 
-def load(name, directory):
+def load(name, directory, classes=None):
     """The data set `name`, "cifar10" or "digits", as tensors on the CPU.
 
     CIFAR-10 comes from `directory`: images as train/<class>/* and test/<class>/*, or the python archive,
     which is downloaded when neither is there. From both the order is the first image of each class, then the
-    second of each, and so on, so that any part has all classes. Raises `UserError`."""
+    second of each, and so on, so that any part has all classes. Raises `UserError`, also where the data set
+    has other classes than `classes`, those of a network."""
+    if classes is not None and list(classes) != CLASSES[name]:
+        fits = [f"--dataset {other}" for other in CLASSES if list(classes) == CLASSES[other]]
+        way_out = fits[0] if fits else "name others with --weights"
+        raise UserError(f"these weights are for other classes than those of {name}: {way_out}")
     if name == "digits":
         return _digits()
     root = Path(directory)
-    if not root.is_dir() and root != Path("data"):  # data, the default, is made
-        raise UserError(f"no folder {root}: name the one that has CIFAR-10 with --data")
+    is_present(name, root)  # or an error
     if (root / "train").is_dir() or (root / "test").is_dir():
         return _image_folders(root)
     return _archive(root)
@@ -63,14 +67,13 @@ def _digits():
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
-    images = F.interpolate(images, size=SIDE, mode="bilinear").round().to(torch.uint8)
-    train, test = train_test_split(
-        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0
+    images, labels = torch.tensor(digits.images).float()[:, None] * (255 / 16), torch.tensor(digits.target)
+    images = F.interpolate(images, size=SIDE, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    images, test_images, labels, test_labels = train_test_split(
+        images, labels, test_size=0.2, stratify=labels, random_state=0
     )
-    images, labels = images.expand(-1, 3, -1, -1), torch.tensor(digits.target)
-    parts = images[train], labels[train], images[test], labels[test]
-    return Dataset(*parts, CLASSES["digits"], "scikit-learn's handwritten digits")
+    source = "scikit-learn's handwritten digits"
+    return Dataset(images, labels, test_images, test_labels, CLASSES["digits"], source)
 
 
 def _archive(root):
@@ -116,30 +119,24 @@ def _image_folders(root):
     """CIFAR-10 as folders of images. What they hold is kept in root/decoded.pt, so that only the first start
     decodes them; the names, sizes and times of the files tell whether it still holds."""
     files = {split: _list_images(root / split) for split in ("train", "test")}
-    extensions = sorted({name.rsplit(".")[-1].lower() for listed in files.values() for name, *_ in listed})
-    fingerprint = hashlib.sha256(repr(files).encode()).hexdigest()
-    cache = root / "decoded.pt"
-    try:
-        decoded = checkpoint.load(cache)
-        fresh = decoded["fingerprint"] == fingerprint
-    except (UserError, KeyError, TypeError):  # none there, or not one of ours
-        fresh = False
-    if not fresh:
-        decoded = {"fingerprint": fingerprint}
+
+    def decode():
+        decoded = {}
         for split, listed in files.items():
             paths = [root / split / name for name, *_ in listed]
             with ThreadPoolExecutor() as pool:
                 images = pool.map(read_image, paths)
                 progress = tqdm(images, f"reading {root / split}", len(paths), leave=False)
                 decoded[f"{split}_images"] = torch.stack(list(progress))
-            labels = [CIFAR10_CLASSES.index(name.split("/")[0]) for name, *_ in listed]
+            labels = [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
             decoded[f"{split}_labels"] = torch.tensor(labels)
-        try:
-            checkpoint.save(decoded, cache)
-        except UserError as error:
-            print(f"the next start decodes the images again: {error}")
-    parts = (decoded[field] for field in Dataset._fields[:4])
-    return Dataset(*parts, CIFAR10_CLASSES, f"CIFAR-10 as {' and '.join(extensions)} images")
+        return decoded
+
+    fingerprint = hashlib.sha256(repr(files).encode()).hexdigest()
+    decoded = checkpoint.cached(root / "decoded.pt", fingerprint, decode)
+    tensors = (decoded[field] for field in Dataset._fields[:4])
+    extensions = sorted({name.rsplit(".")[-1].lower() for listed in files.values() for name, *_ in listed})
+    return Dataset(*tensors, CIFAR10_CLASSES, f"CIFAR-10 as {' and '.join(extensions)} images")
 
 
 def _list_images(folder):
@@ -185,19 +182,11 @@ def _to_square(image):
 
 
 def is_present(name, directory):
-    """Whether `load` needs no download."""
-    parts = "test", ARCHIVE, UNPACKED
-    return name == "digits" or any((Path(directory) / part).exists() for part in parts)
-
-
-def check_classes(name, classes):
-    """Raises `UserError` unless the data set `name` has these classes."""
-    if list(classes) != CLASSES[name]:
-        fits = [f"--dataset {other}" for other in CLASSES if list(classes) == CLASSES[other]]
-        raise UserError(
-            f"these weights are for other classes than those of {name}: "
-            + (fits[0] if fits else "name others with --weights")
-        )
+    """Whether `load` needs no download. Raises `UserError` if there is no such folder."""
+    root = Path(directory)
+    if name == "cifar10" and not root.is_dir() and root != Path("data"):  # data, the default, is made
+        raise UserError(f"no folder {root}: name the one that has CIFAR-10 with --data")
+    return name == "digits" or any((root / part).exists() for part in ("test", ARCHIVE, UNPACKED))
 
 
 def select_image(image, name, directory, classes):
@@ -208,9 +197,7 @@ def select_image(image, name, directory, classes):
     `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
         return read_image(image), Path(image).name
-    if name == "cifar10" and not Path(directory).is_dir() and Path(directory) != Path("data"):
-        raise UserError(f"no folder {directory}: name the one that has CIFAR-10 with --data")
-    if image is None and not is_present(name, directory):
+    if not is_present(name, directory) and image is None:
         from sklearn.datasets import load_sample_image
 
         print(
@@ -218,8 +205,7 @@ def select_image(image, name, directory, classes):
             "using scikit-learn's photograph of a flower"
         )
         return _to_square(Image.fromarray(load_sample_image("flower.jpg"))), "a flower"
-    check_classes(name, classes)
-    dataset, index = load(name, directory), int(image or 0)
+    dataset, index = load(name, directory, classes), int(image or 0)
     if index >= len(dataset.test_images):
         last = len(dataset.test_images) - 1
         raise UserError(f"no test image {index}: --image takes 0 to {last}, or an image file")

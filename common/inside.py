@@ -34,9 +34,8 @@ def check_layer(model, layer):
     names = [name for name, _ in model.named_modules() if name.startswith("conv")]
     if layer not in names:
         stages = ", ".join(name for name in names if "." not in name)
-        raise UserError(
-            f"no layer {layer!r} with maps: --layer takes {stages}, or a module as conv3_x.block1.conv2"
-        )
+        way_out = f"--layer takes {stages}, or a module as conv3_x.block1.conv2"
+        raise UserError(f"no layer {layer!r} with maps: {way_out}")
 
 
 def mean_activations(maps):
@@ -90,15 +89,13 @@ def reconstruct(model, x, layer, channel, method="guided", unit="map"):
     instead of "map" only the activation at the map's strongest position does (Zeiler, Fergus 2013), with a
     number only the one at that position of the flattened map. `x` is [1, 3, H, W], normalised; the pattern is
     [3, H, W], of either sign. Raises `UserError` if there is no such map."""
-    rule = RELU_BACKWARD[method]
+
+    def backward_hook(relu, grad_input, grad_output):
+        return (RELU_BACKWARD[method](grad_input[0], grad_output[0]),)
+
     x = x.detach().requires_grad_()
     relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
-    hooks = [
-        relu.register_full_backward_hook(
-            lambda module, grad_input, grad_output: (rule(grad_input[0], grad_output[0]),)
-        )
-        for relu in relus
-    ]
+    hooks = [relu.register_full_backward_hook(backward_hook) for relu in relus]
     try:
         (maps,) = feature_maps(model, x, layer)
         activations = maps[0, check_channel(maps, channel)].detach().flatten()

@@ -43,11 +43,8 @@ class Network(NamedTuple):
 def load_network(path, dataset, device):
     """The network in `path`, on `device`; if that is None, the user's own in runs/<dataset>/weights.pt or,
     without one, the reference network for CIFAR-10. Says which. Raises `UserError`."""
-    if path is None:
-        path = f"runs/{dataset}/weights.pt"
-        if dataset == "cifar10" and not Path(path).exists():
-            path = REFERENCE
-    path = Path(path)
+    own = Path(f"runs/{dataset}/weights.pt")
+    path = Path(path or (REFERENCE if dataset == "cifar10" and not own.exists() else own))
     if not path.is_file():
         raise UserError(f"no weights in {path}: python train.py makes them, --weights names others")
     saved = checkpoint.load(path)

@@ -25,16 +25,15 @@ FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png last.pt".split()
 
 
 class Run:
-    """A run as far as it is: `model`, `optimizer`, `scaler`, and in `history` all that happened, per
-    iteration and per epoch (the rows of metrics.csv). The history says how far the run is; together with the
-    seed it says what comes next, so no other state needs to be saved.
-
-    `out` is its folder, `saved` a checkpoint to go on from."""
+    """A run as far as it is: `model`, `optimizer`, `scaler`, and in `history` what happened, per iteration
+    and per epoch (the rows of metrics.csv). With the seed the history says what comes next, so no other state
+    needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on from."""
 
     def __init__(self, settings, dataset, out, device, saved=None):
-        self.settings, self.out = settings, out
+        self.settings, self.out, self.last = settings, out, out / "last.pt"
         self.about = dict(classes=list(dataset.classes), source=dataset.source, settings=settings)
-        self.steps = max(1, len(dataset.train_images) // settings["batch_size"])  # in an epoch
+        self.batch_size = min(settings["batch_size"], len(dataset.train_images))
+        self.steps = len(dataset.train_images) // self.batch_size  # in an epoch
         torch.manual_seed(settings["seed"])
         self.model = ResNet18(len(dataset.classes)).to(device, memory_format=memory_format(device))
         weights = [p for p in self.model.parameters() if p.ndim > 1]
@@ -44,22 +43,17 @@ class Run:
         self.optimizer = torch.optim.SGD(groups, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)
-        self.saved_iteration = 0  # the iterations that last.pt holds
         if saved:
             try:
-                self.model.load_state_dict(saved["model"])
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.scaler.load_state_dict(saved["scaler"])
+                for part in "model", "optimizer", "scaler":
+                    getattr(self, part).load_state_dict(saved[part])
                 self.history |= saved["history"]
-                self.saved_iteration = self.iteration
             except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
-                raise UserError(
-                    f"{out / 'last.pt'} is of another network, or damaged: start anew in another --out"
-                )
+                raise UserError(f"{self.last} is of another network, or damaged: start anew in another --out")
+        self.saved_iteration, self.save_failed = self.iteration, False  # what last.pt has; the latest save
         self.pending = None  # the latest step's result and learning rate, while they are on the device
         self.saved_at = time.time()  # history["seconds"], those of the unfinished epoch, are up to then
         self.mark = time.perf_counter()  # history["clock"], the seconds of training, is up to then
-        self.save_failed = False  # the latest one
 
     @property
     def iteration(self):
@@ -67,7 +61,7 @@ class Run:
         return len(self.history["loss"])
 
     def record(self, result, learning_rate):
-        """Adds an iteration: `result` is its [loss, accuracy], a tensor. It is read when the next iteration
+        """Adds an iteration: `result` is its [loss, accuracy], a tensor that is read when the next iteration
         is added, so that the device need not wait. Raises `UserError` if a loss is not finite."""
         self.read_pending()
         self.pending = result, learning_rate
@@ -77,10 +71,8 @@ class Run:
         if self.pending is None:
             return
         (loss, accuracy), rate = self.pending[0].tolist(), self.pending[1]
-        self.pending = None
-        self._check(
-            math.isfinite(loss), f"the loss is {loss} in iteration {self.iteration + 1}, at rate {rate:.3g}"
-        )
+        self.pending, number = None, self.iteration + 1
+        self._check(math.isfinite(loss), f"the loss is {loss} in iteration {number}, at rate {rate:.3g}")
         now, clock = time.perf_counter(), self.history["clock"]
         clock.append((clock[-1] if clock else 0.0) + now - self.mark)
         self.history["rate"].append(rate)
@@ -91,19 +83,22 @@ class Run:
     def _check(self, finite, problem):
         if not finite:
             raise UserError(
-                f"{problem}: the run stops; {self.out / 'last.pt'} has iteration {self.saved_iteration}, from "
-                "before: start another with a lower --lr, or with --precision fp32"
+                f"{problem}: the run stops; {self.last} has iteration {self.saved_iteration}, from before: "
+                "start another with a lower --lr, or with --precision fp32"
             )
 
-    def end_epoch(self, size, **measured):
+    def end_epoch(self, size, test_loss, test_accuracy, last_size_accuracy):
         """Adds an epoch, with what was measured after it, to the history; returns its row."""
+        loss, accuracy = (self.history[key][-self.steps :] for key in ("loss", "accuracy"))
         row = dict(
             epoch=len(self.history["epochs"]) + 1,
             iteration=self.iteration,
             size=size,
-            train_loss=sum(self.history["loss"][-self.steps :]) / self.steps,
-            train_accuracy=sum(self.history["accuracy"][-self.steps :]) / self.steps,
-            **measured,
+            train_loss=sum(loss) / self.steps,
+            train_accuracy=sum(accuracy) / self.steps,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
+            last_size_accuracy=last_size_accuracy,
             seconds=round(self.history["seconds"] + time.time() - self.saved_at, 1),
         )
         self.history["epochs"].append(row)
@@ -111,8 +106,8 @@ class Run:
         return row
 
     def save(self, curves=False, required=False):
-        """Writes all files, but `curves` only on demand. If that fails it says so and the run can go on, or
-        if it is `required` raises `UserError`, as it does before weights that are not finite."""
+        """Writes all files, but `curves` only on demand. If that fails it says so, or if it is `required`
+        raises `UserError`, as it does before it would save weights that are not finite."""
         self.read_pending()
         now, history, sizes = time.time(), self.history, self.settings["sizes"]
         history["seconds"] += now - self.saved_at
@@ -124,18 +119,12 @@ class Run:
         self._check(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
         if distributed.RANK:
             return  # the first process writes
-        network = self.about | dict(
-            model=state,
-            mean=self.settings["mean"],
-            std=self.settings["std"],
-            size=sizes[max(0, self.iteration - 1) // self.steps],  # the last it was trained at
-            accuracy=history["epochs"][-1]["test_accuracy"] if history["epochs"] else None,
-        )
-        progress = dict(
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), history=history
-        )
+        network = self.about | dict(model=state, mean=self.settings["mean"], std=self.settings["std"])
+        network["size"] = sizes[max(0, self.iteration - 1) // self.steps]  # the last it was trained at
+        network["accuracy"] = history["epochs"][-1]["test_accuracy"] if history["epochs"] else None
+        states = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
         try:
-            checkpoint.save(network | progress, self.out / "last.pt")
+            checkpoint.save(network | states | dict(history=history), self.last)
             self.saved_iteration = self.iteration
             if self.iteration:
                 checkpoint.save(network | dict(model=halves), self.out / "weights.pt")
@@ -145,7 +134,7 @@ class Run:
             self.save_failed = False
         except (UserError, OSError) as error:
             self.save_failed = True
-            message = f"{error}; {self.out / 'last.pt'} has iteration {self.saved_iteration}"
+            message = f"{error}; {self.last} has iteration {self.saved_iteration}"
             if required:
                 raise UserError(message)
             tqdm.write(f"{message}; training goes on, and the next save tries again", file=sys.stderr)
@@ -158,9 +147,8 @@ class Run:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            kept = f"{self.out / 'last.pt'} has iteration {self.saved_iteration}"
+            kept, parts = f"{self.last} has iteration {self.saved_iteration}", 2 * micro_batches
             if cli.out_of_memory(error):
-                parts = 2 * micro_batches
                 way_out = f"--resume --accumulate {parts} takes it in {parts} parts"
                 raise UserError(f"not enough memory for this batch: {way_out}; {kept}")
             if distributed.peer_lost(error):
@@ -171,15 +159,14 @@ class Run:
         history, epochs = self.history, self.history["epochs"]
         columns = history["loss"], history["accuracy"], history["rate"]
         steps = ([i, *(f"{value:.6g}" for value in row)] for i, row in enumerate(zip(*columns), 1))
-        self._write_table("loss.csv", [["iteration", "loss", "accuracy", "rate"], *steps])
+        tables = {"loss.csv": [["iteration", "loss", "accuracy", "rate"], *steps]}
         if epochs:
-            self._write_table("metrics.csv", [epochs[0].keys(), *(row.values() for row in epochs)])
-
-    def _write_table(self, name, rows):
-        text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        with checkpoint.atomic_write(self.out / name) as file:
-            file.write(text.getvalue().encode())
+            tables["metrics.csv"] = [epochs[0].keys(), *(row.values() for row in epochs)]
+        for name, rows in tables.items():
+            text = io.StringIO()
+            csv.writer(text).writerows(rows)
+            with checkpoint.atomic_write(self.out / name) as file:
+                file.write(text.getvalue().encode())
 
     def _draw_curves(self):
         """Figures 6.1 and 6.2."""
@@ -222,9 +209,8 @@ def archive_previous(out):
     """Moves a run that is in the folder `out` already to a new folder in it: nothing is overwritten."""
     old = [out / name for name in FILES if (out / name).exists()]  # last.pt last: till then it can go on
     if out / "last.pt" in old or out / "weights.pt" in old:
-        archive = next(
-            out / f"earlier-{n}" for n in itertools.count(1) if not (out / f"earlier-{n}").exists()
-        )
+        archives = (out / f"earlier-{number}" for number in itertools.count(1))
+        archive = next(folder for folder in archives if not folder.exists())
         archive.mkdir()
         for path in old:
             path.rename(archive / path.name)
@@ -240,15 +226,13 @@ def load_for_resume(args):
     saved = checkpoint.load(path)
     flags = "dataset recipe epochs batch_size size lr seed precision limit holdout".split()
     try:
-        settings = {flag: saved["settings"]["sizes" if flag == "size" else flag] for flag in flags}
+        values = {flag: saved["settings"]["sizes" if flag == "size" else flag] for flag in flags}
+        values["size"] = values["size"][0] if len(set(values["size"])) == 1 else "by its recipe"
         saved["optimizer"], saved["history"]["loss"]
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
-    for flag, value in settings.items():
-        requested = getattr(args, flag)
-        if flag == "size":
-            value = value[0] if len(set(value)) == 1 else "by its recipe"
-        if requested not in (None, "auto", value):
+    for flag, value in values.items():
+        if (requested := getattr(args, flag)) not in (None, "auto", value):
             raise UserError(
                 f"the run in {args.out} has --{flag.replace('_', '-')} {value}, not {requested}: resume it "
                 "with that, or start another with --out"

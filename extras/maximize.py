@@ -102,8 +102,8 @@ def main(argv=None):
     channels = inside.choose_maps(maps, args.map)  # an error before the long search
     best = None
     if args.data != "data" or data.is_present(args.dataset, args.data):
-        data.check_classes(args.dataset, network.classes)
-        best = cached_strongest(network, data.load(args.dataset, args.data).test_images)[args.layer][3]
+        dataset = data.load(args.dataset, args.data, network.classes)
+        best = cached_strongest(network, dataset.test_images)[args.layer][3]
     for channel in channels:
         image, activation = maximize(network, args.layer, channel, args.steps, args.seed)
         caption = f"mean activation {activation:.3f}"

@@ -44,17 +44,7 @@ def cached_strongest(network, images):
     preprocessing = torch.tensor([network.size, *network.mean, *network.std])
     tensors = [*network.model.state_dict().values(), images, preprocessing]
     digest = hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
-    path = CACHE / f"{digest[:16]}.pt"
-    try:
-        return checkpoint.load(path)
-    except cli.UserError:  # none there, or damaged
-        found = strongest(network, images)
-    try:
-        cli.make_folder(CACHE)
-        checkpoint.save(found, path)
-    except cli.UserError as error:
-        print(f"the next call looks at all images again: {error}")
-    return found
+    return checkpoint.cached(CACHE / f"{digest[:16]}.pt", digest, lambda: strongest(network, images))
 
 
 def crop_box(position, width, field, step, size):
@@ -72,8 +62,7 @@ def main(argv=None):
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     args = parser.parse_args(argv)
     network = load_network(args.weights, args.dataset, select_device(args.device))
-    data.check_classes(args.dataset, network.classes)
-    dataset = data.load(args.dataset, args.data)
+    dataset = data.load(args.dataset, args.data, network.classes)
     (maps,) = inside.feature_maps(network.model, network.preprocess(dataset.test_images[0]), args.layer)
     inside.choose_maps(maps, args.map)  # an error before the long search
     values, indices, positions, _ = cached_strongest(network, dataset.test_images)[args.layer]

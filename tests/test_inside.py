@@ -163,6 +163,19 @@ def test_maps_can_be_named(model, x):
         inside.check_layer(model, "fc")
 
 
+def test_weights_of_before_the_renaming_are_opened(tmp_path, model):
+    """The keys that weights on people's disks have: as a dictionary, not as today's code writes it."""
+    old = dict(
+        classes=data.CIFAR10_CLASSES, source="CIFAR-10 as jpg pictures", settings=dict(pictures=50_000),
+        model={name: t.half() if t.ndim > 1 else t for name, t in model.state_dict().items()},
+        mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), size=64, accuracy=0.9,
+    )  # fmt: skip
+    torch.save(old, tmp_path / "old.pt")
+    network = load_network(tmp_path / "old.pt", "cifar10", torch.device("cpu"))
+    assert network[1:] == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), data.CIFAR10_CLASSES, 64)
+    assert torch.equal(network.model.fc.weight, model.fc.weight.half().float())
+
+
 def test_weights_come_back_as_saved(run):
     network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
     saved = torch.load(run / "weights.pt", weights_only=True)

@@ -135,6 +135,37 @@ def test_bar_tells_loss_and_time_left_while_every_step_is_saved(tmp_path, small_
     assert len(said) == 2 and all(re.fullmatch(r"loss \S+, accuracy \S+%, run 00:0\d left", s) for s in said)
 
 
+def test_checkpoint_of_before_the_renaming_is_resumed_and_opened(tmp_path, small_network, capsys):
+    """The keys that runs on people's disks have: as a dictionary, not as today's code writes it."""
+    settings = dict(
+        recipe="fast", dataset="digits", epochs=2, batch_size=64, sizes=[32, 32], lr=0.1, warmup=0.2,
+        momentum=0.9, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, shift=4, flip=False,
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), precision="fp32", seed=0, limit=200,
+        holdout=None, name="run", pictures=200,
+    )  # fmt: skip
+    start(tmp_path / "new", "--epochs", "2")
+    new = torch.load(tmp_path / "new/last.pt", weights_only=True)
+    row = dict(
+        epoch=1, iteration=3, size=32, train_loss=2.3, train_accuracy=0.1, test_loss=2.3, test_accuracy=0.125,
+        last_size_accuracy=0.125, seconds=1.5,
+    )  # fmt: skip
+    history = dict(loss=[2.4, 2.3, 2.2], accuracy=[0.1, 0.1, 0.1], rate=[0.0, 0.08, 0.1])
+    history |= dict(clock=[0.1, 0.2, 0.3], epochs=[row], seconds=0.25)
+    old = dict(
+        classes=[str(digit) for digit in range(10)], source="scikit-learn's handwritten digits", size=32,
+        settings=settings, model=new["model"], mean=settings["mean"], std=settings["std"], accuracy=0.125,
+        optimizer=new["optimizer"], scaler={}, history=history,
+    )  # fmt: skip
+    assert old.keys() == new.keys() and settings.keys() == new["settings"].keys()  # and today's are the same
+    assert history.keys() == new["history"].keys() and list(row) == list(new["history"]["epochs"][0])
+    (tmp_path / "old").mkdir()
+    torch.save(old, tmp_path / "old/last.pt")
+    assert not train.main(["--resume", "--out", str(tmp_path / "old"), "--dataset", "digits", "--no-visdom"])
+    resumed = torch.load(tmp_path / "old/last.pt", weights_only=True)
+    assert resumed["history"]["loss"][:3] == [2.4, 2.3, 2.2] and len(resumed["history"]["loss"]) == 6
+    assert resumed["history"]["epochs"][0] == row and len(resumed["history"]["epochs"]) == 2
+
+
 def test_an_earlier_run_is_kept(tmp_path, capsys, small_network):
     start(tmp_path, "--epochs", "1")
     first = weights(tmp_path)

@@ -23,8 +23,8 @@ STATIC = Path(visdom.__file__).parent / "static"
 RECORD = "whole.json"  # {"version": visdom's, "sizes": {file: bytes}}
 CDN = "https://unpkg.com"
 
-# Each file below STATIC, and the npm package that it comes from: package@version/path in it. A test holds this table
-# against what the installed visdom would download.
+# Each file below STATIC, and where it comes from: npm package@version/path in it. A test holds this against
+# what the installed visdom would download.
 GLYPHS = "fonts/glyphicons-halflings-regular"
 EVERY_VERSION = {
     "js/jquery.min.js": "jquery@3.1.1/dist/jquery.min.js",
@@ -71,16 +71,16 @@ def missing():
     """The part of `sources` that is not there, or not whole, or another visdom's."""
     try:
         record = json.loads((STATIC / RECORD).read_text())
-        version, sizes = record["version"], record["sizes"]
-    except (OSError, ValueError, KeyError):  # perhaps visdom's own server has fetched them
-        built, sizes = STATIC / "version.built", {}
-        version = built.read_text().strip() if built.exists() else None
+    except (OSError, ValueError):  # perhaps visdom's own server has fetched them
+        built = STATIC / "version.built"
+        record = dict(version=built.read_text().strip() if built.exists() else None, sizes={})
 
     def is_whole(file):
         size = (STATIC / file).stat().st_size if (STATIC / file).is_file() else 0
-        return version == visdom.__version__ and size and size == sizes.get(file, size)
+        return size and size == record["sizes"].get(file, size)
 
-    return {file: source for file, source in sources().items() if not is_whole(file)}
+    known = record["version"] == visdom.__version__
+    return {file: source for file, source in sources().items() if not (known and is_whole(file))}
 
 
 def from_web(files):
@@ -95,16 +95,14 @@ def from_web(files):
 
 
 def from_npm(files):
-    """{file: content} of {file: source}. Raises an OSError, or one of subprocess, tarfile or looking a key
-    up."""
+    """{file: content} of {file: source}. Raises an OSError, or one of subprocess, tarfile or a lookup."""
     contents, packages = {}, sorted({source.partition("/")[0] for source in files.values()})
+    command = [shutil.which("npm") or "npm", "pack", "--json", "--fetch-retries=0", *packages]
     with tempfile.TemporaryDirectory() as folder:
-        command = [shutil.which("npm") or "npm", "pack", "--json", "--fetch-retries=0", *packages]
-        done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True
-        )
-        for package, packed in zip(packages, json.loads(done.stdout)):
-            with tarfile.open(Path(folder, packed["filename"])) as archive:
+        options = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True)
+        packed = json.loads(subprocess.run(command, cwd=folder, **options).stdout)
+        for package, name in zip(packages, (each["filename"] for each in packed)):
+            with tarfile.open(Path(folder, name)) as archive:
                 for file, source in files.items():
                     if source.startswith(f"{package}/"):
                         contents[file] = archive.extractfile(source.replace(package, "package", 1)).read()
@@ -112,8 +110,8 @@ def from_npm(files):
 
 
 def within(seconds, fetch, files):
-    """What `fetch` returns, or None if it fails or takes longer; then its thread ends with the process. The
-    time limits of sockets do not help where an answer drips."""
+    """What `fetch` returns, or None if it fails or takes longer: then its thread is left to end with the
+    process. The time limits of sockets do not help where an answer drips."""
     results = []
 
     def run():

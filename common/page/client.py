@@ -1,5 +1,5 @@
-"""Talking to the visdom server: starting and ending it, connecting, and drawing panes. Importing this does
-not import visdom, which takes a second and may not be installed."""
+"""Talking to the visdom server: starting and ending it, connecting, drawing panes. visdom is only imported
+where it is needed: it takes a second, and may not be installed."""
 
 import base64
 import contextlib
@@ -47,9 +47,8 @@ def is_listening(port):
                 return True
     except (OSError, http.client.HTTPException, ValueError):  # no answer in time, not HTTP, or not JSON
         pass
-    raise UserError(
-        f"port {port} is used by another program: --port takes a free one, --no-visdom does without"
-    )
+    way_out = "--port takes a free one, --no-visdom does without"
+    raise UserError(f"port {port} is used by another program: {way_out}")
 
 
 def start_server(port):
@@ -111,7 +110,7 @@ def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
 
 
 def draw_bars(client, title, values, marked, label, size, **layout):
-    """A column chart of `values` [N], of which one stands out; it tells map and value under the pointer."""
+    """A column chart of `values` [N], one of which is `marked`; it tells map and value under the pointer."""
     colors = ["#e4572e" if i == marked else "#4c78a8" for i in range(len(values))]
     hover = "map %{x}: %{y:.4f}<extra></extra>"
     trace = dict(type="bar", y=values.tolist(), hovertemplate=hover, marker=dict(color=colors))
@@ -127,8 +126,8 @@ def png(image):
 
 def save_figure(figure, args, name, bars=None):
     """Writes the figure to the folder --out, prints its path and, if a page is open on --port, shows it
-    there, in the environment "figures": as it is, or from `bars` (title, values [N], label) as a column chart
-    that tells map and value under the pointer. Raises `UserError` if it cannot be written."""
+    there, in the environment "figures": as it is, or by `draw_bars` from `bars` (title, values [N], label).
+    Raises `UserError` if it cannot be written."""
     path = make_folder(args.out) / name
     try:
         figure.savefig(path, dpi=90, pil_kwargs=dict(optimize=True))
@@ -136,16 +135,14 @@ def save_figure(figure, args, name, bars=None):
         raise UserError(f"cannot write {path} ({error.strerror}): name another folder with --out")
     print(path)
     with contextlib.suppress(UserError, ConnectionError, ImportError):  # the file is what counts
-        if is_listening(args.port):
-            _show(path, connect(args.port, "figures"), bars)
-
-
-def _show(path, client, bars):
-    if bars:
-        title, values, label = bars
-        draw_bars(client, title, values, int(values.argmax()), label, (620, 300))
-    else:
-        image = np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
-        opts = dict(title=path.name, width=620, height=round(620 * image.shape[1] / image.shape[2]) + 25)
-        client.image(image, win=path.name, opts=opts)
-    client.save([client.env])
+        if not is_listening(args.port):
+            return
+        client = connect(args.port, "figures")
+        if bars:
+            title, values, label = bars
+            draw_bars(client, title, values, int(values.argmax()), label, (620, 300))
+        else:
+            image = np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+            opts = dict(title=name, width=620, height=round(620 * image.shape[1] / image.shape[2]) + 25)
+            client.image(image, win=name, opts=opts)
+        client.save(["figures"])

@@ -15,7 +15,6 @@ from common.device import select_device
 from common.network import load_network
 from common.page import assets, client
 
-METHODS = list(inside.RELU_BACKWARD)
 GRID = 480  # pixels: the side of the grid of maps
 LISTED = 100  # test images to choose from by name; the others come at random
 
@@ -31,17 +30,13 @@ class Explorer:
         page.register_event_handler(self.on_click, "Maps")
 
     def on_property(self, event):
-        """Something was chosen from a list of the pane "Choose", or its button pressed."""
+        """Something was chosen in the pane "Choose"."""
         if event["event_type"] != "PropertyUpdate":
             return
-        name, value = self.properties[event["propertyId"]]["name"], event["value"]
-        if name == "layer":
-            self.layer = inside.STAGES[int(value)]
-        elif name == "method":
-            self.method = METHODS[int(value)]
-        elif name == "test image":
-            self.index = self.listed[int(value)]
-        else:
+        if event["propertyId"] < len(self.choices):
+            attribute, values = list(self.choices.items())[event["propertyId"]]
+            setattr(self, attribute, values[int(event["value"])])
+        else:  # the button
             self.index = random.randrange(len(self.images))
         self.refresh()
 
@@ -56,27 +51,23 @@ class Explorer:
             self.show_map(channel)
 
     def refresh(self):
-        """Draws everything, for the image and the layer that are chosen, and the map that is strongest
-        there."""
-        self.listed = sorted({*range(min(LISTED, len(self.images))), self.index})
-        names = [f"{i}: {self.network.classes[self.labels[i]]}" for i in self.listed]
-
-        def choice(name, values, selected):
-            return dict(type="select", name=name, value=selected, values=values)
-
-        self.properties = [  # no field to type in: where a pane has an image, visdom swallows every key
-            choice("layer", inside.STAGES, inside.STAGES.index(self.layer)),
-            choice("test image", names, self.listed.index(self.index)),
-            dict(type="button", name="or any other", value="at random"),
-            choice("method", METHODS, METHODS.index(self.method)),
+        """Draws everything, for the image and the layer that are chosen, and the strongest map there."""
+        listed = sorted({*range(min(LISTED, len(self.images))), self.index})
+        names = [f"{i}: {self.network.classes[self.labels[i]]}" for i in listed]
+        self.choices = dict(layer=inside.STAGES, index=listed, method=list(inside.RELU_BACKWARD))
+        selects = [
+            dict(type="select", name=attribute, values=values, value=values.index(getattr(self, attribute)))
+            for attribute, values in self.choices.items()
         ]
+        selects[1] |= dict(name="test image", values=names)
+        # No field to type in: where a pane has an image, visdom swallows every key.
+        button = dict(type="button", name="or any test image", value="at random")
         opts = dict(title="Choose", width=280, height=180)
-        self.page.properties(self.properties, win="Choose", opts=opts)
+        self.page.properties([*selects, button], win="Choose", opts=opts)
         self.x = self.network.preprocess(self.images[self.index])
         with torch.no_grad():
             (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
-        label = self.network.classes[self.labels[self.index]]
-        caption = f"test image {self.index}: {label};<br>{self.network.prediction(self.x)}"
+        caption = f"test image {names[listed.index(self.index)]};<br>{self.network.prediction(self.x)}"
         self._show_images("Image", (self.images[self.index], caption))
         self._draw_grid()
         self.show_map(*inside.choose_maps(self.maps, "strongest:1"))
@@ -87,10 +78,8 @@ class Explorer:
         self.cell = GRID // self.columns
         cells = F.interpolate(self.maps, self.cell - 1)[0].cpu()
         tiles = figures.tile(cells[:, None], self.columns, 1, math.nan)[0, 1:, 1:]  # a line after each cell
-        sheet = torch.full(
-            (GRID, GRID), math.nan
-        )  # as large for every layer: visdom keeps a pane as it was first
-        sheet[: tiles.shape[0], : tiles.shape[1]] = tiles
+        height, width = tiles.shape  # the pane keeps its first size, so fill up to one
+        sheet = F.pad(tiles, (0, GRID - width, 0, GRID - height), value=math.nan)
         # visdom makes panes a multiple of 15 px less 10 high, with 15 px of title, and centres the image below
         # that, or in visdom 0.2 as if there were none.
         height = 15 * math.ceil((GRID + 60) / 15) - 10
@@ -109,18 +98,15 @@ class Explorer:
         map_image = torch.from_numpy(heat_map(feature_map, feature_map.max()))
         map_caption = inside.describe_map(self.maps, self.layer, channel)
         self._show_images("Map and pattern", (pattern, caption), (map_image, map_caption))
-        mark = dict(
-            x=channel, y=float(activations[channel]), text=f"map {channel}", font=dict(color="#b03a16")
-        )
-        mark |= dict(showarrow=False, yshift=9, bgcolor="white")
+        mark = dict(x=channel, y=float(activations[channel]), text=f"map {channel}", showarrow=False)
+        mark |= dict(font=dict(color="#b03a16"), yshift=9, bgcolor="white")
         options = dict(size=(495, 250), bargap=0, annotations=[mark])
         client.draw_bars(self.page, "Mean activations", activations, channel, "mean activation", **options)
 
     def _show_images(self, title, *images):
         """A pane of images, each uint8 [3, H, W] with its caption."""
-        style = "width:190px;image-rendering:pixelated"
         content = "".join(
-            f"<img src='{client.png(image)}' style='{style}'>"
+            f"<img src='{client.png(image)}' style='width:190px;image-rendering:pixelated'>"
             f"<div style='font-size:11px;height:50px'>{caption}</div>"
             for image, caption in images
         )
@@ -136,28 +122,24 @@ def heat_map(values, highest):
 
 def explore(args):
     """Opens the page and answers it until it is interrupted. Raises `UserError`."""
-    network = load_network(args.weights, args.dataset, select_device(args.device))
-    data.check_classes(args.dataset, network.classes)
-    dataset = data.load(args.dataset, args.data)
+    port, network = args.port, load_network(args.weights, args.dataset, select_device(args.device))
+    dataset = data.load(args.dataset, args.data, network.classes)
     assets.ensure()
-    server = None if client.is_listening(args.port) else client.start_server(args.port)
+    server = None if client.is_listening(port) else client.start_server(port)
     try:
-        while not client.is_listening(args.port):
+        while not client.is_listening(port):
             if server.poll() is not None:
-                raise cli.UserError(f"no visdom server starts on port {args.port}: --port names another")
+                raise cli.UserError(f"no visdom server starts on port {port}: --port names another")
             time.sleep(0.2)
         with cli.stop_signals("closing the page …") as signals:
-            try:
-                page = client.connect(args.port, "explore", events=True)
-                Explorer(network, dataset.test_images, dataset.test_labels, page)
-            except ConnectionError:
-                raise cli.UserError(
-                    f"the visdom server on port {args.port} does not answer: --port names another"
-                )
-            print(f"look inside: {client.address(args.port)}/env/explore (Ctrl-C ends it)", flush=True)
+            page = client.connect(port, "explore", events=True)
+            Explorer(network, dataset.test_images, dataset.test_labels, page)
+            print(f"look inside: {client.address(port)}/env/explore (Ctrl-C ends it)", flush=True)
             while not signals:
                 time.sleep(1)
-                if not client.is_listening(args.port):
+                if not client.is_listening(port):
                     raise cli.UserError("the visdom server has ended, and the page with it: start this again")
+    except ConnectionError:
+        raise cli.UserError(f"the visdom server on port {port} does not answer: --port names another")
     finally:
         client.stop_server(server)
