@@ -5,7 +5,7 @@ The modules of the network are the rows of that table, and `python MyResnet.py` 
 
 import argparse
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import torch
 from torch import nn
@@ -13,10 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with a shortcut around them (figure 2 of the paper).
-
-    [N, in_channels, H, W] → [N, out_channels, H/stride, W/stride], not negative. Where the shape changes, the
-    shortcut is a 1×1 convolution (the paper's option B)."""
+    """Two 3×3 convolutions with a shortcut around them (figure 2 of the paper), a 1×1 convolution where the
+    shape changes (option B): [N, in_channels, H, W] → [N, out_channels, H/stride, W/stride], not negative."""
 
     def __init__(self, in_channels, out_channels, stride=1):
         super().__init__()
@@ -43,11 +41,9 @@ def sequential(**modules):
 
 
 class ResNet18(nn.Module):
-    """The 18-layer column of the paper's Table 1.
-
-    [N, 3, H, W] normalised images (H, W ≥ 32; the table is for 224) → [N, num_classes] logits. At 224 the
-    stages give 112×112×64, 56×56×64, 28×28×128, 14×14×256 and 7×7×512. The weights start as in He et al.
-    2015, https://arxiv.org/abs/1502.01852."""
+    """The 18-layer column of the paper's Table 1: [N, 3, H, W] normalised images (H, W ≥ 32; the table is for
+    224) → [N, num_classes] logits. At 224 the stages give 112×112×64, 56×56×64, 28×28×128, 14×14×256 and
+    7×7×512. The weights start as in He et al. 2015, https://arxiv.org/abs/1502.01852."""
 
     def __init__(self, num_classes=10):
         super().__init__()
@@ -75,42 +71,23 @@ class ResNet18(nn.Module):
         return self.fc(x)
 
 
-def from_torchvision(state_dict):
-    """The state dict of a `torchvision.models.resnet18`, renamed for `ResNet18`; same tensors."""
-
-    def rename(key):
-        key = re.sub(r"^(conv|bn)1\.", r"conv1.\1.", key)
-        key = re.sub(r"^layer(\d)\.(\d)", lambda m: f"conv{int(m[1]) + 1}_x.block{int(m[2]) + 1}", key)
-        return key.replace("downsample", "shortcut")
-
-    return {rename(key): tensor for key, tensor in state_dict.items()}
+def torchvision_name(name):
+    """What `torchvision.models.resnet18` calls the parameter or buffer `name` of `ResNet18`."""
+    name = re.sub(r"^conv1\.(conv|bn)\.", r"\g<1>1.", name)
+    name = re.sub(r"^conv(\d)_x\.block(\d)", lambda m: f"layer{int(m[1]) - 1}.{int(m[2]) - 1}", name)
+    return name.replace("shortcut", "downsample")
 
 
 def to_torchvision(state_dict):
     """The state dict of a `ResNet18`, renamed for `torchvision.models.resnet18`; same tensors."""
-
-    def rename(key):
-        key = re.sub(r"^conv1\.(conv|bn)\.", r"\g<1>1.", key)
-        key = re.sub(r"^conv(\d)_x\.block(\d)", lambda m: f"layer{int(m[1]) - 1}.{int(m[2]) - 1}", key)
-        return key.replace("shortcut", "downsample")
-
-    return {rename(key): tensor for key, tensor in state_dict.items()}
+    return {torchvision_name(name): tensor for name, tensor in state_dict.items()}
 
 
-def table(size=224, num_classes=10):
-    """The network stage by stage, for images of size×size: a list of rows (stage, output size, kernels,
-    parameters, multiply-adds for one image), the last with the totals."""
-    with torch.device("meta"):  # shapes only: nothing is allocated or computed
-        model, x = ResNet18(num_classes).eval(), torch.empty(1, 3, size, size)
-    rows = []
-    for name, stage in model.named_children():
-        with FlopCounterMode(display=False) as counter:
-            x = stage(x)
-        shape = "×".join(map(str, [*x.shape[2:], x.shape[1]]))
-        parameters = sum(p.numel() for p in stage.parameters())
-        multiply_adds = counter.get_total_flops() // 2  # each is two operations
-        rows.append((name, shape, _kernels(stage), parameters, multiply_adds))
-    return rows + [("total", "", "", sum(r[3] for r in rows), sum(r[4] for r in rows))]
+def from_torchvision(state_dict):
+    """The state dict of a `torchvision.models.resnet18`, renamed for `ResNet18`; same tensors."""
+    with torch.device("meta"):  # names only: nothing is allocated or computed
+        names = {torchvision_name(name): name for name in ResNet18().state_dict()}
+    return {names.get(name, name): tensor for name, tensor in state_dict.items()}
 
 
 KERNELS = {  # how the paper's table writes them
@@ -122,13 +99,20 @@ KERNELS = {  # how the paper's table writes them
 }
 
 
-def _kernels(stage):
-    """What a stage is made of, as the paper's table writes it."""
-    modules = stage.children() if isinstance(stage, nn.Sequential) else [stage]
-    kernels = [KERNELS[type(module)].format(module) for module in modules if type(module) in KERNELS]
-    if len(kernels) > 1 and kernels[-1] == kernels[-2]:
-        kernels[-2:] = [f"{kernels[-1]} ×2"]
-    return ", ".join(kernels)
+def table():
+    """The rows of the paper's table, for one 224×224 image and 10 classes: (stage, output size, kernels,
+    parameters, multiply-adds)."""
+    with torch.device("meta"):  # shapes only: nothing is allocated or computed
+        model, x = ResNet18().eval(), torch.empty(1, 3, 224, 224)
+    for name, stage in model.named_children():
+        with FlopCounterMode(display=False) as counter:
+            x = stage(x)
+        size = "×".join(map(str, [*x.shape[2:], x.shape[1]]))
+        modules = list(stage.children()) or [stage]
+        counts = Counter(KERNELS[type(m)].format(m) for m in modules if type(m) in KERNELS)
+        kernels = ", ".join(f"{kernel} ×{n}" if n > 1 else kernel for kernel, n in counts.items())
+        parameters = sum(p.numel() for p in stage.parameters())
+        yield name, size, kernels, parameters, counter.get_total_flops() // 2  # each is two operations
 
 
 def main(argv=None):
@@ -138,8 +122,9 @@ def main(argv=None):
     layout = "{:<8}  {:<11}  {:<46}  {:>10}  {:>13}"
     print("ResNet-18 for CIFAR-10, one 224×224 image")
     print(layout.format("stage", "output size", "kernels", "parameters", "multiply-adds"))
-    for stage, output, kernels, parameters, multiply_adds in table():
-        print(layout.format(stage, output, kernels, f"{parameters:,}", f"{multiply_adds:,}"))
+    rows = list(table())
+    for row in [*rows, ("total", "", "", sum(row[3] for row in rows), sum(row[4] for row in rows))]:
+        print(layout.format(*row[:3], f"{row[3]:,}", f"{row[4]:,}"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 from urllib.parse import quote
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common import cli, figures
@@ -18,22 +17,20 @@ from common.page import assets, client, server
 class Page:
     """The panes of one run, drawn every two seconds by a thread from the run's `history`. So nothing that
     happens to the server stops the run or makes it wait, and a server that comes back shows everything.
-
     `steps` are those of an epoch. The run sets `eta`, the time left in words, and `evaluation`: the test
     images, their labels and the network's logits. Raises `UserError` if something else listens on `port`."""
 
     def __init__(self, history, settings, classes, steps, port):
         self.history, self.settings, self.classes, self.steps = history, settings, classes, steps
         self.name, self.port = settings["name"], port
-        self.eta, self.evaluation = "", None
-        self.server, self.starts, self._announced = None, 0, False
+        self.evaluation = self.server = self._client = self._drawn_evaluation = None
+        self.eta, self.starts, self._announced = "", 0, False
         if not client.is_listening(port):
             try:
                 assets.ensure()
-            except cli.UserError as error:
+            except (cli.UserError, OSError) as error:
                 print(f"{error}. All else goes on, and {client.PAGES} keeps what the page would show")
             self.server = client.start_server(port)
-        self._client = self._drawn = self._drawn_evaluation = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -42,7 +39,7 @@ class Page:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Draws and saves a last time, and ends the server if this page started it: at most 13 seconds."""
+        """Draws and saves a last time, and ends the server if this page started it: at most 10 seconds."""
         self.eta = ""
         self._give_up = time.monotonic() + 8  # a short run may be over before its server is up
         self._closing.set()
@@ -50,7 +47,7 @@ class Page:
             self._thread.join(timeout=0 if kind is KeyboardInterrupt else 10)  # a second Ctrl-C is urgent
         finally:
             client.stop_server(self.server)
-        if self._drawn is None:
+        if self._client is None:
             print("the live page could not be drawn: python Myvisdom.py shows what is wrong")
 
     def _work(self):
@@ -63,7 +60,7 @@ class Page:
                     return
             except Exception as error:  # the page is a comfort, never a reason to end the run
                 logging.getLogger(__name__).debug("the live page: %r", error)
-                self._client = self._drawn = self._drawn_evaluation = None  # the server may be another
+                self._client = self._drawn_evaluation = None  # the server may be another
                 ended = self.server is None or self.server.poll() is not None
                 if closing and (ended or time.monotonic() > self._give_up):
                     return
@@ -72,27 +69,19 @@ class Page:
     def _draw(self):
         if self._client is None:
             running = self.server is not None and self.server.poll() is None
-            if not (running or self._closing.is_set() or client.is_listening(self.port)):
-                if self.starts == 3:  # it cannot, for whatever reason
-                    raise ConnectionError
+            if not (running or self._closing.is_set() or client.is_listening(self.port)) and self.starts < 3:
                 self.starts += 1
                 self.server = client.start_server(self.port)  # killed, or another run's and ended with it
             self._client = client.connect(self.port, self.name)
-        elif self._drawn and not client.has_pane(self._client, "Run"):  # another server has come
-            self._drawn = self._drawn_evaluation = None
-        count, evaluation = len(self.history["loss"]), self.evaluation
-        state = count, len(self.history["epochs"]), self.eta, evaluation is self._drawn_evaluation
-        if state == self._drawn:
-            return
+        count, rows, evaluation = len(self.history["loss"]), list(self.history["epochs"]), self.evaluation
         self._draw_iterations(count)
-        self._draw_run(count)
-        if self.history["epochs"]:
-            self._draw_epochs()
-        if evaluation is not None and evaluation is not self._drawn_evaluation:
-            self._draw_confusion(*evaluation[1:])
-            self._draw_mistakes(*evaluation)
+        self._draw_run(count, rows)
+        if rows:
+            self._draw_epochs(rows)
+        drawn = evaluation is self._drawn_evaluation and self._client.win_exists("Mistakes")
+        if evaluation and not drawn:  # or drawn by a server that another has replaced
+            self._draw_evaluation(*evaluation)
             self._drawn_evaluation = evaluation
-        self._drawn = state
         if not self._announced:  # not before: visdom shows nothing, ever, to who comes too early
             tqdm.write(f"live page: {client.address(self.port)}/env/{quote(self.name)}")
             self._announced = True
@@ -100,7 +89,6 @@ class Page:
     def _draw_iterations(self, count):
         """The loss, the learning rate with the size of the images, and the speed, of `count` iterations."""
         loss, rates, clock = (np.array(self.history[key][:count]) for key in ("loss", "rate", "clock"))
-        every = max(1, count // 2000)  # enough points for any screen
         iterations = np.arange(1, count + 1)
         window, means = figures.running_mean(loss)
         sizes = np.repeat(self.settings["sizes"], self.steps)[:count]
@@ -108,25 +96,26 @@ class Page:
         speed = self.settings["batch_size"] * stride / np.diff(clock[::stride]).clip(1e-9)
 
         def line(x, y, name, **options):
-            return dict(x=x.tolist(), y=y.tolist(), name=name, type="scatter", mode="lines", **options)
+            shown = slice(None, None, max(1, len(x) // 2000))  # enough points for any screen
+            points = dict(x=x[shown].tolist(), y=y[shown].tolist())
+            return dict(points, name=name, type="scatter", mode="lines", **options)
 
         # Colours are left to plotly, which gives others to another run that one compares this with.
-        raw = line(iterations[::every], loss[::every], "each iteration", opacity=0.4, line=dict(width=1))
-        mean = line(iterations[window - 1 :: every], means[::every], f"mean of {window}")
+        raw = line(iterations, loss, "each iteration", opacity=0.4, line=dict(width=1))
+        mean = line(iterations[window - 1 :], means, f"mean of {window}")
         from_zero = dict(rangemode="tozero")
         client.draw(self._client, "Train Loss", [raw, mean], "iteration", "loss", yaxis=from_zero)
-        rate = line(iterations[::every], rates[::every], "learning rate")
-        size = line(iterations[::every], sizes[::every], "image size, px", yaxis="y2")
-        right = dict(overlaying="y", side="right", showgrid=False, rangemode="tozero")
-        options = dict(size=(290, 335), yaxis2=right, margin=dict(l=52, r=40, t=30, b=40))
-        client.draw(self._client, "Learning Rate", [rate, size], "iteration", **options)
-        trace = line(iterations[::stride][1:], speed, "")
+        rate = line(iterations, rates, "learning rate")
+        size = line(iterations, sizes, "image size, px", yaxis="y2")
+        right = from_zero | dict(overlaying="y", side="right", showgrid=False, automargin=True)
+        client.draw(self._client, "Learning Rate", [rate, size], "iteration", size=(290, 335), yaxis2=right)
+        trace = line(iterations[stride::stride], speed, "")
         client.draw(self._client, "Speed", [trace], "iteration", "images/s", (240, 335), yaxis=from_zero)
 
-    def _draw_epochs(self):
-        rows, traces = list(self.history["epochs"]), []
-        at_last_size = f"at {self.settings['sizes'][-1]} px"
-        names = dict(test_accuracy="validation", train_accuracy="training", last_size_accuracy=at_last_size)
+    def _draw_epochs(self, rows):
+        names = dict(test_accuracy="validation", train_accuracy="training")
+        names["last_size_accuracy"] = f"at {self.settings['sizes'][-1]} px"
+        traces = []
         for key, name in names.items():
             x = [row["epoch"] for row in rows if row[key] is not None]
             y = [100 * row[key] for row in rows if row[key] is not None]
@@ -134,46 +123,41 @@ class Page:
         ticks = dict(dtick=1 + len(rows) // 12)
         client.draw(self._client, "Validation Accuracy", traces, "epoch", "%", xaxis=ticks)
 
-    def _draw_run(self, count):
+    def _draw_run(self, count, rows):
         """What the run is, and how far."""
-        epochs, rows = self.settings["epochs"], list(self.history["epochs"])
-        epoch, best = min(len(rows), epochs - 1), max([row["test_accuracy"] for row in rows], default=None)
+        epochs = self.settings["epochs"]
+        epoch = min(len(rows), epochs - 1)
         state = "stopped" if self._closing.is_set() else "running"
         progress = {
             "state": "finished" if len(rows) == epochs else state,
             "epoch": f"{epoch + 1} of {epochs}",
             "step": f"{count - epoch * self.steps} of {self.steps}",
             "time left": self.eta or "–",
-            "best validation accuracy": "–" if best is None else f"{best:.2%}",
+            "best validation accuracy": f"{max(row['test_accuracy'] for row in rows):.2%}" if rows else "–",
         }
         cells = "".join(
-            f"<tr><td><b>{html.escape(key)}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
+            f"<tr><td><b>{key}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
             for key, value in (progress | self.settings).items()
             if key != "sizes"  # "schedule" says it in a line
         )
         table = f"<table style='font-size:11px;line-height:1.25'>{cells}</table>"
         self._client.text(table, win="Run", opts=dict(title="Run", width=290, height=335))
 
-    def _draw_confusion(self, labels, logits):
-        counts, hover = figures.confusion_matrix(labels, logits), "%{z} images: %{y}, taken for %{x}"
-        trace = dict(type="heatmap", z=counts.tolist(), x=self.classes, y=self.classes, showscale=False)
-        trace |= dict(colorscale=[[0, "white"], [1, "#08306b"]], hovertemplate=f"{hover}<extra></extra>")
+    def _draw_evaluation(self, images, labels, logits):
+        """The confusion matrix, and the test images that the network is most wrongly sure about."""
+        counts, classes = figures.confusion_matrix(labels, logits), self.classes
+        trace = dict(type="heatmap", z=counts.tolist(), x=classes, y=classes, showscale=False)
+        trace["hovertemplate"] = "%{z} images: %{y}, taken for %{x}<extra></extra>"
+        trace["colorscale"] = [[0, "white"], [1, "#08306b"]]
         axis = dict(type="category", dtick=1, tickfont=dict(size=9))
         axes = dict(xaxis=axis, yaxis=axis | dict(autorange="reversed"), margin=dict(l=80, r=6, t=6, b=70))
         client.draw(self._client, "Confusion", [trace], "the network says", "it is", (330, 335), **axes)
-
-    def _draw_mistakes(self, images, labels, logits):
-        """The test images that the network is most wrongly sure about."""
         confidence, predicted = logits.softmax(1).max(1)
-        worst = torch.where(predicted == labels, 0.0, confidence).topk(min(21, len(labels))).indices
-        cells = "".join(
-            f"<div style='display:inline-block;width:68px;margin:2px;font-size:9px;line-height:1.1'>"
-            f"<img src='{client.png(images[i])}' style='width:64px;image-rendering:pixelated'><br>"
-            f"{self.classes[predicted[i]]} {confidence[i]:.0%},<br>is {self.classes[labels[i]]}</div>"
-            for i in worst.tolist()
-            if predicted[i] != labels[i]
-        )
-        self._client.text(cells, win="Mistakes", opts=dict(title="Most wrongly sure", width=510, height=335))
+        wrong = (predicted != labels).nonzero().flatten()
+        worst = wrong[confidence[wrong].argsort(descending=True)[:21]]
+        captions = [f"{classes[predicted[i]]} {confidence[i]:.0%},<br>is {classes[labels[i]]}" for i in worst]
+        opts = dict(title="Most wrongly sure", width=510, height=335)
+        client.draw_images(self._client, "Mistakes", images[worst], captions, 68, 9, **opts)
 
 
 @cli.command
@@ -193,8 +177,9 @@ def main(argv=None):
     try:
         server.serve(args.port, client.PAGES)
     except OSError as error:
-        reason = error.strerror or error
-        raise cli.UserError(f"port {args.port} cannot be had ({reason}): --port names another")
+        raise cli.UserError(
+            f"no server on port {args.port} ({error.strerror or error}): choose another --port"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Figures 8.4.1 and 8.4.2: how strongly each feature map responds to an image, as column charts, for conv1
-and the last layer of conv5_x."""
+"""Figures 8.4.1, 8.4.2: column charts of how strongly each map of conv1 and conv5_x responds to an image."""
 
 from common import cli, figures, inside
 from common.network import from_flags
@@ -16,9 +15,8 @@ def main(argv=None):
         activations = inside.mean_activations(maps)
         strongest = int(activations.argmax())
         title = f"How strongly each of the {len(activations)} maps of {layer} responds ({name})"
-        figure = figures.column_chart(activations, strongest, title, label="mean activation")
-        bars = title, activations, "mean activation"
-        save_figure(figure, args, f"activations_{layer}.png", bars)
+        figure = figures.column_chart(activations, strongest, title, "mean activation")
+        save_figure(figure, args, f"activations_{layer}.png", (title, activations, "mean activation"))
         print(f"{layer}: the strongest is map {strongest}, mean activation {activations[strongest]:.4f}")
 
 

@@ -15,10 +15,9 @@ def main(argv=None):
     save_figure(figure, args, "image.png")
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
         count, height, width = maps.shape[1:]
-        columns = 8 if count == 64 else 32
         title = f"The {count} feature maps of {layer}, {height}×{width} each ({name})"
         label = "activation (one scale, to the 99.5th percentile)"
-        figure = figures.grid(maps[0], columns, title, maps.quantile(0.995), label)
+        figure = figures.grid(maps[0], 8 if count == 64 else 32, title, maps.quantile(0.995), label)
         save_figure(figure, args, f"featuremaps_{layer}.png")
 
 

@@ -1,5 +1,4 @@
-"""Figure 8.5.1: the pattern in an image that a feature map of conv1 responded to, reconstructed by
-backpropagation."""
+"""Figure 8.5.1: what a feature map of conv1 responded to in an image, reconstructed by backpropagation."""
 
 from common import cli, figures, inside
 from common.network import from_flags

@@ -1,5 +1,4 @@
-"""Figure 8.5.2: the pattern in an image that a feature map of the last layer of conv5_x responded to,
-reconstructed by backpropagation."""
+"""Figure 8.5.2: what a feature map of conv5_x responded to in an image, reconstructed by backpropagation."""
 
 from common import cli, figures, inside
 from common.network import from_flags

@@ -66,24 +66,20 @@ def parse(argv):
     parser = cli.parser(__doc__, "data", "dataset", "weights", "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
     add("--recipe", choices=list(RECIPES), help="the settings to train with (default: fast)")
-    add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="passes over the training set "
-        "(default: 23; recipe assignment: 25)")  # fmt: skip
+    add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="default: the recipe's, 23 or 25")
     add("--batch-size", type=cli.number(int, 2), metavar="N", help="images a step (default: 128)")
     add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
     add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="of all that is random (default: 0)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="the number format (default: auto, by "
-        "the device)")  # fmt: skip
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: auto, by the device")
     add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N images only")
-    add("--holdout", type=whole, metavar="N", help="hold the last N training images out, and "
-        "evaluate on them instead of the test set")  # fmt: skip
+    add("--holdout", type=whole, metavar="N", help="evaluate on the last N training images, held out")
     add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
         "--evaluate, the confusion matrix (default: figures)")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
     add("--evaluate", action="store_true", help="only evaluate --weights")
-    add("--accumulate", type=whole, default=1, metavar="K", help="take each batch in K parts, one after the "
-        "other, to save memory")  # fmt: skip
+    add("--accumulate", type=whole, default=1, metavar="K", help="take a batch in K parts, to save memory")
     add("--sync-bn", action="store_true", help="with torchrun on CUDA: batch norms see the whole batch")
     add("--no-visdom", action="store_true", help="no live page")
     args = parser.parse_args(argv)
@@ -140,8 +136,7 @@ def learning_rate(settings, progress):
 @torch.inference_mode()
 def evaluate(model, images, labels, size, settings, progress=""):
     """(mean cross-entropy loss, accuracy 0 … 1, logits float32 [N, classes]) for uint8 images [N, 3, 32, 32]
-    resized to `size`; no augmentation. `progress` names the progress bar. Of many processes each takes its
-    shard; all get all logits."""
+    resized to `size`, shared by the processes. `progress` names the progress bar."""
     model = fuse(model.eval())  # a copy, whose convolutions do the work of the batch norms after them
     logits, quiet = [], not progress or distributed.RANK > 0
     for x in tqdm(distributed.shard(images).split(EVALUATION_BATCH), progress, leave=False, disable=quiet):
@@ -213,9 +208,8 @@ class NoPage(contextlib.nullcontext):
 
 def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     """Trains `run` to its end, saving it after each epoch and every `save_every` minutes; `micro_batches` are
-    those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it, or
-    0. Raises `UserError` when the loss is no longer finite, and when the run cannot be saved at its start or
-    end."""
+    those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it or 0.
+    Raises `UserError` when a loss is not finite, and when it cannot save the run at its start or end."""
     model = distributed.data_parallel(run.model, sync_bn)
     progress, stop = ProgressBar(run, page), 0
     with cli.stop_signals() as signals, page:
@@ -280,17 +274,13 @@ def evaluate_epoch(run, dataset, epoch, page):
         at_last_size = f" ({last_size_accuracy:.2%} at {last_size} px)"
     row = run.end_epoch(size, loss, accuracy, last_size_accuracy)
     run.save(curves=True)
-    print(
-        f"epoch {epoch + 1:2}/{epochs}  {size} px  train loss {row['train_loss']:.3f}, "
-        f"accuracy {row['train_accuracy']:6.2%}  test loss {loss:.3f}, "
-        f"accuracy {accuracy:6.2%}{at_last_size}  {row['seconds']:.0f} s",
-        flush=True,
-    )
+    train = f"train loss {row['train_loss']:.3f}, accuracy {row['train_accuracy']:6.2%}"
+    test = f"test loss {loss:.3f}, accuracy {accuracy:6.2%}{at_last_size}"
+    print(f"epoch {epoch + 1:2}/{epochs}  {size} px  {train}  {test}  {row['seconds']:.0f} s", flush=True)
 
 
 def report_accuracy(model, dataset, split, size, settings):
-    """Evaluates the network on a `split`, "training" or the data set's other, and prints the result; returns
-    (accuracy, logits)."""
+    """Evaluates on a `split`, "training" or the other, and prints the result; returns (accuracy, logits)."""
     images, labels = dataset[:2] if split == "training" else dataset[2:4]
     loss, accuracy, logits = evaluate(model, images, labels, size, settings, f"evaluating, {split} set")
     what = f"{split} set, {len(labels):,} images of {dataset.source} at {size} px"
@@ -312,8 +302,7 @@ def load_data(args, settings, device, classes=None):
 
 
 def select_page(args):
-    """The class of the run's page: `NoPage` where none is wanted or visdom is not installed. Raises
-    `UserError` if another program has the port."""
+    """The class of the run's page. Raises `UserError` if another program has the port."""
     if args.no_visdom or distributed.RANK:
         return NoPage
     try:
@@ -328,9 +317,8 @@ def select_page(args):
 def non_default_flags(args, **defaults):
     """Those flags that differ from their defaults, to be typed again: " --dataset digits"."""
     values = {name: str(getattr(args, name)) for name in defaults}
-    return "".join(
-        f" --{name} {shlex.quote(values[name])}" for name in defaults if values[name] != defaults[name]
-    )
+    changed = (name for name in defaults if values[name] != defaults[name])
+    return "".join(f" --{name} {shlex.quote(values[name])}" for name in changed)
 
 
 def resume_command(args):
@@ -352,21 +340,16 @@ def start_or_resume(args, device):
     dataset = load_data(args, settings, device)
     count, processes = len(dataset.train_images), distributed.WORLD_SIZE
     if settings.setdefault("pictures", count) != count:
-        raise cli.UserError(
-            f"the run in {args.out} has {settings['pictures']} training images, {args.data} now has {count}: "
-            "resume it with the same --data"
-        )
+        trained = f"the run in {args.out} has {settings['pictures']} training images"
+        raise cli.UserError(f"{trained}, {args.data} now has {count}: resume it with the same --data")
     least = 2 * processes * args.accumulate  # batch norm needs two images
     if min(settings["batch_size"], count) < least:
-        raise cli.UserError(
-            f"{least} images a batch are the least for {processes} process{'es' * (processes > 1)} and "
-            f"--accumulate {args.accumulate}: take more by --batch-size, or fewer parts"
-        )
+        need = f"{processes} process{'es' * (processes > 1)} and --accumulate {args.accumulate}"
+        raise cli.UserError(f"{least} images a batch are the least for {need}: take a larger --batch-size")
     sizes, times = settings["sizes"], f" × {processes}" if processes > 1 else ""
-    hint = " (--size 224: every step at 224 px)" if len(set(sizes)) > 1 else ""
     print(f"ResNet-18 on {dataset.source}: {count:,} training images, {len(dataset.test_images):,} "
           f"{dataset.test_split} images; {device}{times}, {settings['precision']}; to {args.out}\n"
-          f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(sizes)}{hint}; "
+          f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(sizes)}; "
           f"batch {settings['batch_size']}, learning rate {settings['lr']}")  # fmt: skip
     page_class = select_page(args)
     with contextlib.ExitStack() as stack:
@@ -376,8 +359,8 @@ def start_or_resume(args, device):
                 archive_previous(args.out)
         run = Run(settings, dataset, args.out, device, saved)
         stack.enter_context(run.explain_failures(args.accumulate))
-        shown = dict(batch_size=run.batch_size, device=str(device), schedule=schedule(sizes))
-        page_settings = settings | shown
+        page_settings = settings | dict(device=str(device), schedule=schedule(sizes))
+        page_settings["batch_size"] = run.batch_size
         page = page_class(run.history, page_settings, dataset.classes, run.steps, args.port)
         signal_number = train(run, dataset, page, args.save_every, args.accumulate, args.sync_bn)
     if signal_number:

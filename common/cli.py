@@ -109,15 +109,11 @@ FLAGS = {
 }  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def parser(description, *flags, **defaults):
-    """An argument parser with those of `FLAGS`, with other `defaults` where a script needs them; the script
-    adds what only it has."""
-    result = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """An argument parser with those of `FLAGS`, some perhaps with other `defaults`."""
+    layout = argparse.RawDescriptionHelpFormatter
+    result = argparse.ArgumentParser(description=description, formatter_class=layout)
+    result.error = lambda message: result.exit(2, f"error: {message} (--help lists the flags)\n")
     for flag in flags:
         result.add_argument(f"--{flag}", **FLAGS[flag])
     result.set_defaults(**defaults)
@@ -137,7 +133,7 @@ def make_folder(path):
 @contextlib.contextmanager
 def stop_signals(answer="stopping as soon as this step or evaluation is done …"):
     """Within it, Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it yields, and
-    print the `answer`. A second one interrupts at once."""
+    print the `answer`. The same one again interrupts at once."""
     received = []
 
     def receive(number, frame):

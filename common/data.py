@@ -5,7 +5,6 @@ size → network."""
 
 import hashlib
 import itertools
-import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,7 +80,7 @@ def _archive(root):
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, download_url
 
-    archive = root / ARCHIVE
+    archive, names = root / ARCHIVE, [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
     if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
         raise UserError(f"{archive} has a wrong checksum: delete it, and the next run downloads it again")
     try:
@@ -89,13 +88,16 @@ def _archive(root):
             train, test = (CIFAR10(root, train=train) for train in (True, False))
         except RuntimeError:  # not unpacked yet, or not whole
             download_url(CIFAR10.url, root, ARCHIVE, CIFAR10.tgz_md5)  # unless it is there
-            _unpack(archive, root / UNPACKED, [name for name, _ in CIFAR10.train_list + CIFAR10.test_list])
+            (root / UNPACKED).mkdir(exist_ok=True)
+            with tarfile.open(archive) as tar:  # only files with these names: no other can go anywhere
+                for name in [*names, "batches.meta"]:
+                    content = tar.extractfile(f"{UNPACKED}/{name}").read()
+                    (root / UNPACKED / name).write_bytes(content)
             train, test = (CIFAR10(root, train=train) for train in (True, False))
     except (OSError, RuntimeError, KeyError, tarfile.TarError) as error:
-        raise UserError(
-            f"no CIFAR-10 in {root}, and its download failed ({error}): put the python archive or "
-            "folders train/<class> and test/<class> there, or try --dataset digits"
-        )
+        way_out = "put the python archive or folders train/<class> and test/<class> there"
+        problem = f"no CIFAR-10 in {root}, and its download failed ({error})"
+        raise UserError(f"{problem}: {way_out}, or try --dataset digits")
 
     def tensors(split):
         images, labels = torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
@@ -106,15 +108,6 @@ def _archive(root):
     return Dataset(*tensors(train), *tensors(test), CIFAR10_CLASSES, "CIFAR-10, python archive")
 
 
-def _unpack(archive, folder, names):
-    """Writes the files with those `names` to the folder: no other member can go anywhere."""
-    folder.mkdir(exist_ok=True)
-    with tarfile.open(archive) as tar:
-        for name in [*names, "batches.meta"]:
-            with tar.extractfile(f"{UNPACKED}/{name}") as file:
-                (folder / name).write_bytes(file.read())
-
-
 def _image_folders(root):
     """CIFAR-10 as folders of images. What they hold is kept in root/decoded.pt, so that only the first start
     decodes them; the names, sizes and times of the files tell whether it still holds."""
@@ -122,41 +115,36 @@ def _image_folders(root):
 
     def decode():
         decoded = {}
-        for split, listed in files.items():
-            paths = [root / split / name for name, *_ in listed]
+        for split, paths in files.items():
             with ThreadPoolExecutor() as pool:
-                images = pool.map(read_image, paths)
-                progress = tqdm(images, f"reading {root / split}", len(paths), leave=False)
-                decoded[f"{split}_images"] = torch.stack(list(progress))
+                images = tqdm(pool.map(read_image, paths), f"reading {root / split}", len(paths), leave=False)
+                decoded[f"{split}_images"] = torch.stack(list(images))
             labels = [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
             decoded[f"{split}_labels"] = torch.tensor(labels)
         return decoded
 
-    fingerprint = hashlib.sha256(repr(files).encode()).hexdigest()
+    paths = files["train"] + files["test"]
+    stats = ((path.parts[-3:], path.stat()) for path in paths)
+    listing = [(*names, stat.st_size, stat.st_mtime_ns) for names, stat in stats]
+    fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()
     decoded = checkpoint.cached(root / "decoded.pt", fingerprint, decode)
     tensors = (decoded[field] for field in Dataset._fields[:4])
-    extensions = sorted({name.rsplit(".")[-1].lower() for listed in files.values() for name, *_ in listed})
+    extensions = sorted({path.suffix[1:].lower() for path in paths})
     return Dataset(*tensors, CIFAR10_CLASSES, f"CIFAR-10 as {' and '.join(extensions)} images")
 
 
 def _list_images(folder):
-    """(class/name, size in bytes, time of change) of every image: the first of each class, then the second of
-    each class, and so on."""
+    """The paths of all images: the first of each class, then the second of each, and so on."""
     by_class = []
     for name in CIFAR10_CLASSES:
-        try:
-            with os.scandir(folder / name) as entries:
-                found = sorted(
-                    (f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns)
-                    for entry in entries
-                    if entry.name.lower().endswith(EXTENSIONS)
-                )
-        except (FileNotFoundError, NotADirectoryError):
+        if not (folder / name).is_dir():
             raise UserError(f"the class folder {folder / name} is missing: every class needs one")
-        if not found:
+        found = sorted((folder / name).iterdir(), key=str)
+        paths = [path for path in found if path.suffix.lower() in EXTENSIONS]
+        if not paths:
             raise UserError(f"the class folder {folder / name} has no images: put them there")
-        by_class.append(found)
-    return [entry for row in itertools.zip_longest(*by_class) for entry in row if entry]
+        by_class.append(paths)
+    return [path for row in itertools.zip_longest(*by_class) for path in row if path]
 
 
 def read_image(path):
@@ -190,20 +178,16 @@ def is_present(name, directory):
 
 
 def select_image(image, name, directory, classes):
-    """The image to look at: (uint8 [3, 32, 32], what it is in words).
-
-    `image` is the number of a test image, an image file, or None: the first test image, or, where that data
-    is not there, a photograph that scikit-learn ships. `classes` are those that the network knows. Raises
-    `UserError`."""
+    """The image to look at: (uint8 [3, 32, 32], what it is in words). `image` is the number of a test image,
+    an image file, or None: the first test image, or, without that data, a photograph that scikit-learn ships.
+    `classes` are those that the network knows. Raises `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
         return read_image(image), Path(image).name
     if not is_present(name, directory) and image is None:
         from sklearn.datasets import load_sample_image
 
-        print(
-            f"no CIFAR-10 in {directory} (python train.py downloads it, --data names another folder): "
-            "using scikit-learn's photograph of a flower"
-        )
+        way_out = "python train.py downloads it, --data names another folder"
+        print(f"no CIFAR-10 in {directory} ({way_out}): using scikit-learn's photograph of a flower")
         return _to_square(Image.fromarray(load_sample_image("flower.jpg"))), "a flower"
     dataset, index = load(name, directory, classes), int(image or 0)
     if index >= len(dataset.test_images):
@@ -238,8 +222,8 @@ def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, device="cpu")
 
 
 def augment(images, batch):
-    """The images of a batch, cropped and flipped: uint8 [N, 3, 32, 32] → [B, 3, 32, 32], channels last.
-    Beyond its edge an image is its own reflection."""
+    """The images of a batch, cropped (beyond its edge an image is its own reflection) and flipped:
+    uint8 [N, 3, 32, 32] → [B, 3, 32, 32], channels last."""
 
     def reflect(index):  # … 2 1 | 0 1 2 … 31 | 30 29 …
         return (SIDE - 1) - ((SIDE - 1) - index.abs()).abs()
@@ -252,8 +236,7 @@ def augment(images, batch):
 
 
 def normalize_and_resize(images, size, mean, std):
-    """What the network gets: uint8 [N, 3, S, S] → float32 [N, 3, size, size], bilinear, (value / 255 - mean)
-    / std per channel."""
+    """uint8 [N, 3, S, S] → float32 [N, 3, size, size]: (value / 255 - mean) / std per channel, bilinear."""
     x = images.float().contiguous(memory_format=memory_format(images.device))
     for channel in range(3):  # by plain numbers: a tensor of them would make a GPU wait for its copy
         x[:, channel] = (x[:, channel] - 255 * mean[channel]) / (255 * std[channel])

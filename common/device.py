@@ -26,17 +26,13 @@ def select_device(name):
         return select_device(f"cuda:{os.environ['LOCAL_RANK']}")
     torch.backends.cudnn.benchmark = True  # there are few image sizes: let cuDNN time its algorithms for each
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        _keep_freed_memory()
+        # By default glibc maps every large activation anew from the kernel, page by page, at every step: half
+        # the time of a training step goes there. Make it keep what is freed.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that every thread finds what another freed
     return device
-
-
-def _keep_freed_memory():
-    """Makes glibc keep freed memory. By default it maps every large activation anew from the kernel, page by
-    page, at every step: half the time of a training step on a CPU goes there."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
-    libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that every thread finds what another freed
 
 
 def select_precision(name, device):

@@ -1,5 +1,6 @@
 """Drawing: grids of maps and filters, column charts, curves, images side by side."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,11 +12,13 @@ from common import inside
 
 rcParams["text.parse_math"] = False  # titles have names of files in them, which may have $ in them
 
+PATTERN = "the pattern, by {}\n(grey is zero)"  # the caption
+
 
 def show(axes, image, **options):
-    """Draws an image, uint8 [3, H, W] or float [3, H, W] in 0 … 1, without ticks."""
-    axes.imshow(image.permute(1, 2, 0).cpu().numpy(), **options)
+    """Draws an image, uint8 [3, H, W], float [3, H, W] in 0 … 1 or any [1, H, W], without ticks."""
     axes.set(xticks=[], yticks=[])
+    return axes.imshow(image.detach().permute(1, 2, 0).cpu().numpy(), **options)
 
 
 def pattern_image(pattern):
@@ -32,19 +35,17 @@ def side_by_side(images, captions, title):
         axes.set_xlabel(caption)
         if image.dim() == 3:
             show(axes, image)
-            continue
-        values = image.detach().cpu().numpy()
-        low, high = min(0, values.min()), max(0, values.max())  # low is below 0 before a ReLU
-        shown = axes.imshow(values, cmap="inferno", vmin=low, vmax=high if low < high else 1)
-        axes.set(xticks=[], yticks=[])
-        figure.colorbar(shown, ax=axes, label="activation", shrink=0.75)
+        else:
+            low, high = min(0, image.min().item()), max(0, image.max().item())  # low is below 0 before a ReLU
+            shown = show(axes, image[None], cmap="inferno", vmin=low, vmax=high if low < high else 1)
+            figure.colorbar(shown, ax=axes, label="activation", shrink=0.75)
     return figure
 
 
 def reconstruction(image, name, maps, pattern, layer, channel, method):
-    """Figures 8.5.1 and 8.5.2: the image, uint8 [3, S, S], called `name`; map `channel` of its `maps`, [1,
-    channels, h, w]; and the pattern [3, H, W] that the map responded to, by `method`."""
-    captions = name, inside.describe_map(maps, layer, channel), _pattern_caption(method)
+    """Figures 8.5.1 and 8.5.2: the image, uint8 [3, S, S]; map `channel` of its `maps`, [1, channels, h, w];
+    and the pattern [3, H, W] that the map responded to, by `method`."""
+    captions = name, inside.describe_map(maps, layer, channel), PATTERN.format(inside.METHOD_NAMES[method])
     images = image, maps[0, channel], pattern_image(pattern)
     return side_by_side(images, captions, f"What map {channel} of {layer} responded to")
 
@@ -56,50 +57,30 @@ def close_up(image, name, pattern, layer, channel, method):
     height, width = pattern.shape[1:]
     where = f"where 90 % of the pattern is\n({right - left}×{bottom - top} of {width}×{height} px)"
     title = f"What map {channel} of {layer} responded to at its strongest position"
-    captions = name, where, _pattern_caption(method)
+    captions = name, where, PATTERN.format(inside.METHOD_NAMES[method])
     figure = side_by_side((image, image, pattern_image(pattern)), captions, title)
-    for axes in figure.axes[:2]:
-        axes.images[0].set_extent((-0.5, width - 0.5, height - 0.5, -0.5))
-    figure.axes[0].add_patch(
-        Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec="red", lw=2)
-    )
+    frame = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec="red", lw=2)
+    figure.axes[0].add_patch(frame)
+    for axes in figure.axes:
+        axes.images[0].set_extent((-0.5, width - 0.5, height - 0.5, -0.5))  # the image may be smaller
     for axes in figure.axes[1:]:
         axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
     return figure
 
 
-def _pattern_caption(method):
-    return f"the pattern, by {inside.METHOD_NAMES[method]}\n(grey is zero)"
-
-
-def tile(cells, columns, gap, between):
-    """[N, 3, h, w] → one image [3, H, W], `columns` cells a row; `between` is the value of the gap around
-    each."""
-    from torchvision.utils import make_grid  # takes a second to import: only where it is used
-
-    return make_grid(cells, columns, gap, pad_value=between)
-
-
 def grid(cells, columns, title, scale=None, label="", signed=False):
-    """A figure of all cells [N, h, w], numbered at the edges, on one scale from 0 (or, if `signed`, from
-    -`scale`, with zero at mid-grey) to `scale`; `label` is the colour bar's.
+    """A figure of all cells, numbered at the edges: [N, h, w] on one scale from 0 (`signed`: -`scale`) to
+    `scale`, whose colour bar has the `label`, or RGB [N, 3, h, w] in 0 … 1, which need no scale."""
+    from torchvision.utils import make_grid  # takes a second to import: not at every start
 
-    Or of RGB cells [N, 3, h, w] in 0 … 1, which need no scale."""
-    cells = cells.detach().cpu()
-    rgb = cells.dim() == 4
-    (n, h, w), gap = (*cells.shape[:1], *cells.shape[-2:]), 1 + cells.shape[-1] // 40
-    sheet = tile(cells if rgb else cells[:, None], columns, gap, 1.0 if rgb else math.nan)
+    rgb, (h, w) = cells.dim() == 4, cells.shape[-2:]
+    cells, gap = cells.detach().cpu().reshape(len(cells), -1, h, w), 1 + w // 40
+    sheet = make_grid(cells, columns, gap, pad_value=1.0 if rgb else math.nan)
     height = 9 * sheet.shape[1] / sheet.shape[2] * (0.95 if rgb else 0.88) + 0.9
-    figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots()
-    shown = axes.imshow(
-        sheet.permute(1, 2, 0).numpy() if rgb else sheet[0].numpy(),
-        cmap="gray" if signed else "inferno",
-        vmin=-scale if signed else 0,
-        vmax=scale,
-        interpolation="nearest",
-    )
-    across, down = range(0, columns, max(1, columns // 16)), range(math.ceil(n / columns))
+    axes = Figure(figsize=(9, height), layout="constrained").subplots()
+    options = dict(cmap="gray" if signed else "inferno", vmin=-scale if signed else 0, vmax=scale)
+    shown = show(axes, sheet if rgb else sheet[:1], interpolation="nearest", **options)
+    across, down = range(0, columns, max(1, columns // 16)), range(math.ceil(len(cells) / columns))
     axes.set_xticks([gap + c * (w + gap) + (w - 1) / 2 for c in across], [f"+{c}" for c in across])
     axes.set_yticks([gap + r * (h + gap) + (h - 1) / 2 for r in down], [r * columns for r in down])
     axes.tick_params(length=0, labelsize=8)
@@ -107,37 +88,35 @@ def grid(cells, columns, title, scale=None, label="", signed=False):
     axes.spines[:].set_visible(False)
     axes.set_title(title)
     if not rgb:
-        figure.colorbar(shown, label=label, shrink=0.6, aspect=30)
-    return figure
+        axes.figure.colorbar(shown, label=label, shrink=0.6, aspect=30)
+    return axes.figure
 
 
 def column_chart(values, marked, title, label):
     """A figure with a column for each of `values` [N]; number `marked` stands out, with its value."""
     values = values.cpu().numpy()
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(range(len(values)), values, width=1.0 if len(values) > 100 else 0.8, color="#4c78a8")
-    axes.bar(marked, values[marked], width=1.0 if len(values) > 100 else 0.8, color="#e4572e")
+    axes = Figure(figsize=(11, 4.2), layout="constrained").subplots()
+    width = 1.0 if len(values) > 100 else 0.8
+    axes.bar(range(len(values)), values, width, color="#4c78a8")
+    axes.bar(marked, values[marked], width, color="#e4572e")
     side = "left" if marked < len(values) / 10 else "right" if marked > len(values) * 0.9 else "center"
     options = dict(textcoords="offset points", ha=side, color="#b03a16")
     axes.annotate(f"map {marked}: {values[marked]:.3f}", (marked, values[marked]), (0, 4), **options)
     axes.set(title=title, xlabel="feature map", ylabel=label, xlim=(-1, len(values)))
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return axes.figure
 
 
 def running_mean(losses):
-    """(window, the means [N - window + 1] of each window of the last iterations' losses): a tenth of all N
-    iterations, at most 100."""
+    """(window, means [N - window + 1]) of losses [N]; the window is a tenth of them, at most 100."""
     window = max(1, min(100, len(losses) // 10))
     return window, np.convolve(losses, np.ones(window) / window, "valid") if len(losses) else losses
 
 
 def loss_curve(losses, title):
     """Figure 6.2: training loss per iteration, faint, under its running mean."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     iterations = np.arange(1, len(losses) + 1)
     axes.plot(iterations, losses, color="#9db7d5", lw=0.7, label="each iteration")
     window, means = running_mean(losses)
@@ -146,15 +125,14 @@ def loss_curve(losses, title):
     axes.set(title=f"Training loss ({title})", xlabel="iteration", ylabel="training loss", ylim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    return figure
+    return axes.figure
 
 
 def accuracy_curve(epochs, last_size, title):
     """Figure 6.1: accuracy after each epoch, on the test set and in training; `epochs` are rows of
     metrics.csv, `last_size` the size that the run ends at. Dotted lines show where the size changes."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style, colour in (
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    for key, label, style, color in (
         ("test_accuracy", "validation", "o-", "#1f4e8c"),
         ("train_accuracy", "training", "o-", "#e4572e"),
         ("last_size_accuracy", f"validation at {last_size} px", "s--", "#2a9d8f"),
@@ -162,20 +140,16 @@ def accuracy_curve(epochs, last_size, title):
         rows = [row for row in epochs if row[key] is not None]
         if key != "last_size_accuracy" or any(row["size"] != last_size for row in rows):
             x, y = [row["epoch"] for row in rows], [100 * row[key] for row in rows]
-            axes.plot(x, y, style, ms=3, color=colour, label=label)
-    for before, row in zip([None, *epochs], epochs):
-        if before is None or before["size"] != row["size"]:
-            left = row["epoch"] - 0.5
-            axes.axvline(left, color="grey", lw=0.8, ls=":")
-            axes.annotate(
-                f"{row['size']} px", (left, 0.01), xycoords=("data", "axes fraction"), fontsize=8,
-                color="grey", xytext=(3, 0), textcoords="offset points",
-            )  # fmt: skip
+            axes.plot(x, y, style, ms=3, color=color, label=label)
+    for size, rows in itertools.groupby(epochs, lambda row: row["size"]):
+        left = next(rows)["epoch"] - 0.5
+        axes.axvline(left, color="grey", lw=0.8, ls=":")
+        axes.text(left, 0.01, f" {size} px", transform=axes.get_xaxis_transform(), color="grey", fontsize=8)
     axes.set(title=f"Accuracy after each epoch ({title})", xlabel="epoch", ylabel="accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="upper left")
     axes.grid(alpha=0.3)
-    return figure
+    return axes.figure
 
 
 def confusion_matrix(labels, logits):
@@ -190,9 +164,8 @@ def confusion(counts, classes, title):
     """A figure of what `confusion_matrix` counted; each cell has its count, as a number and as its colour."""
     from sklearn.metrics import ConfusionMatrixDisplay  # takes a second to import: not at every start
 
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 7), layout="constrained").subplots()
     display = ConfusionMatrixDisplay(counts.numpy(), display_labels=classes)
     display.plot(ax=axes, cmap="Blues", xticks_rotation=45)
     axes.set(title=title, xlabel="the network says", ylabel="it is")
-    return figure
+    return axes.figure

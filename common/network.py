@@ -10,7 +10,6 @@ from common.cli import UserError
 from common.device import memory_format, select_device
 from MyResnet import ResNet18
 
-SIZES = range(32, 1025)  # pixels: of what a network can see
 REFERENCE = Path(__file__).parent.parent / "weights" / "resnet18_cifar10.pt"
 
 
@@ -54,7 +53,7 @@ def load_network(path, dataset, device):
         model.load_state_dict(saved["model"])
         network = Network(model.eval(), *(saved[key] for key in Network._fields[1:]))
         three = len(network.mean) == len(network.std) == 3
-        if not (three and min(network.std) > 0 and network.size in SIZES):
+        if not (three and min(network.std) > 0 and network.size in range(32, 1025)):
             raise ValueError
         numbers = [torch.tensor([*network.mean, *network.std]), *model.state_dict().values()]
         if not all(tensor.isfinite().all() for tensor in numbers):

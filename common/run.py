@@ -73,34 +73,25 @@ class Run:
         (loss, accuracy), rate = self.pending[0].tolist(), self.pending[1]
         self.pending, number = None, self.iteration + 1
         self._check(math.isfinite(loss), f"the loss is {loss} in iteration {number}, at rate {rate:.3g}")
-        now, clock = time.perf_counter(), self.history["clock"]
-        clock.append((clock[-1] if clock else 0.0) + now - self.mark)
-        self.history["rate"].append(rate)
-        self.history["accuracy"].append(accuracy)
-        self.history["loss"].append(loss)  # the last of them: the live page counts by it
+        now = time.perf_counter()
+        clock = (self.history["clock"] or [0.0])[-1] + now - self.mark
+        for key, value in dict(clock=clock, rate=rate, accuracy=accuracy, loss=loss).items():
+            self.history[key].append(value)  # the loss last: the live page counts by it
         self.mark = now
 
     def _check(self, finite, problem):
         if not finite:
-            raise UserError(
-                f"{problem}: the run stops; {self.last} has iteration {self.saved_iteration}, from before: "
-                "start another with a lower --lr, or with --precision fp32"
-            )
+            kept = f"{self.last} has iteration {self.saved_iteration}, from before"
+            way_out = "start another with a lower --lr, or with --precision fp32"
+            raise UserError(f"{problem}: the run stops; {kept}: {way_out}")
 
     def end_epoch(self, size, test_loss, test_accuracy, last_size_accuracy):
         """Adds an epoch, with what was measured after it, to the history; returns its row."""
-        loss, accuracy = (self.history[key][-self.steps :] for key in ("loss", "accuracy"))
-        row = dict(
-            epoch=len(self.history["epochs"]) + 1,
-            iteration=self.iteration,
-            size=size,
-            train_loss=sum(loss) / self.steps,
-            train_accuracy=sum(accuracy) / self.steps,
-            test_loss=test_loss,
-            test_accuracy=test_accuracy,
-            last_size_accuracy=last_size_accuracy,
-            seconds=round(self.history["seconds"] + time.time() - self.saved_at, 1),
-        )
+        loss, accuracy = (sum(self.history[key][-self.steps :]) / self.steps for key in ("loss", "accuracy"))
+        row = dict(epoch=len(self.history["epochs"]) + 1, iteration=self.iteration, size=size)
+        row |= dict(train_loss=loss, train_accuracy=accuracy, test_loss=test_loss)
+        row |= dict(test_accuracy=test_accuracy, last_size_accuracy=last_size_accuracy)
+        row["seconds"] = round(self.history["seconds"] + time.time() - self.saved_at, 1)
         self.history["epochs"].append(row)
         self.history["seconds"], self.saved_at = 0.0, time.time()
         return row
@@ -233,8 +224,6 @@ def load_for_resume(args):
         raise UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
     for flag, value in values.items():
         if (requested := getattr(args, flag)) not in (None, "auto", value):
-            raise UserError(
-                f"the run in {args.out} has --{flag.replace('_', '-')} {value}, not {requested}: resume it "
-                "with that, or start another with --out"
-            )
+            problem = f"the run in {args.out} has --{flag.replace('_', '-')} {value}, not {requested}"
+            raise UserError(f"{problem}: resume it with that, or start another with --out")
     return saved

@@ -4,34 +4,19 @@ https://arxiv.org/abs/1610.02391), for what the network says and for any other c
 python -m extras.gradcam --image 15 --class cat --class horse"""
 
 import torch
-import torch.nn.functional as F
 
 from common import cli, figures, inside
 from common.network import from_flags
 from common.page.client import save_figure
 
 
-def gradcam(model, x, label, layer="conv5_x"):
+def gradcam(model, x, label):
     """Where in the image `x`, [1, 3, H, W] normalised, the evidence for class `label` is: [h, w], the maps of
-    `layer`, each weighted by the mean gradient of the class's logit, and of their sum what is positive."""
-    maps, logits = inside.feature_maps(model, x.detach().requires_grad_(), layer, "fc")
+    conv5_x, each weighted by the mean gradient of the class's logit, and of their sum what is positive."""
+    maps, logits = inside.feature_maps(model, x, "conv5_x", "fc")
     (gradient,) = torch.autograd.grad(logits[0, label], maps)
     weights = gradient.mean((2, 3), keepdim=True)
     return (weights * maps).sum(1)[0].relu().detach()
-
-
-def draw(image, evidence, captions, name):
-    """A figure of the image, uint8 [3, S, S], and over it each of `evidence`, [h, w] on one scale."""
-    grey = (image.float().mean(0, keepdim=True) / 255).expand(3, -1, -1)
-    images, title = [image, *[grey] * len(evidence)], "Where the evidence for a class is in the image"
-    figure = figures.side_by_side(images, [name, *captions], title)
-    largest = max(float(heat.max()) for heat in evidence) or 1.0
-    extent = figure.axes[0].images[0].get_extent()
-    for axes, heat in zip(figure.axes[1:], evidence):
-        smooth = F.interpolate(heat[None, None], (224, 224), mode="bilinear")[0, 0].cpu().numpy()
-        shown = axes.imshow(smooth, cmap="inferno", alpha=0.6, vmin=0, vmax=largest, extent=extent)
-    figure.colorbar(shown, ax=axes, label="evidence (one scale)", shrink=0.7)
-    return figure
 
 
 @cli.command
@@ -41,16 +26,24 @@ def main(argv=None):
         help="a further class (default: the second most probable)")  # fmt: skip
     args = parser.parse_args(argv)
     network, image, name, x = from_flags(args)
-    with torch.no_grad():
-        probabilities = network.model(x)[0].softmax(0)
+    probabilities = network.model(x)[0].softmax(0)
     order = probabilities.argsort(descending=True).tolist()
     for unknown in set(args.names) - set(network.classes):
         raise cli.UserError(f"no class {unknown!r}: --class takes {', '.join(network.classes)}")
     others = [network.classes.index(other) for other in args.names] or order[1:2]
     labels = list(dict.fromkeys([order[0], *others]))
-    evidence = [gradcam(network.model, x, label) for label in labels]
     captions = [f"for {network.classes[n]} (probability {probabilities[n]:.1%})" for n in labels]
-    save_figure(draw(image, evidence, captions, name), args, "gradcam.png")
+    evidence = [gradcam(network.model, x, label).cpu() for label in labels]
+
+    grey = (image.float().mean(0, keepdim=True) / 255).expand(3, -1, -1)
+    images, title = [image, *[grey] * len(labels)], "Where the evidence for a class is in the image"
+    figure = figures.side_by_side(images, [name, *captions], title)
+    largest = float(torch.stack(evidence).max()) or 1.0  # one scale
+    options = dict(cmap="inferno", alpha=0.6, vmin=0, vmax=largest, interpolation="bilinear")
+    for axes, heat in zip(figure.axes[1:], evidence):
+        shown = axes.imshow(heat.numpy(), extent=axes.images[0].get_extent(), **options)
+    figure.colorbar(shown, ax=axes, label="evidence (one scale)", shrink=0.7)
+    save_figure(figure, args, "gradcam.png")
 
 
 if __name__ == "__main__":

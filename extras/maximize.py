@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from common import cli, data, figures, inside
@@ -24,13 +23,11 @@ COLORS = torch.tensor([[0.556, 0.190, -0.054], [0.577, 0.011, 0.101], [0.598, -0
 
 def random_spectrum(size, seed):
     """The frequencies of a nearly grey image, [1, 3, size, size // 2 + 1, 2]: real and imaginary."""
-    generator = torch.Generator().manual_seed(seed)
-    return 0.01 * torch.randn(1, 3, size, size // 2 + 1, 2, generator=generator)
+    return 0.01 * torch.randn(1, 3, size, size // 2 + 1, 2, generator=torch.Generator().manual_seed(seed))
 
 
 def to_image(spectrum):
-    """[1, 3, S, S] in 0 … 1, of values that ascent can change independently: frequencies, each scaled as
-    natural images have it, of colours that vary independently too."""
+    """The image [1, 3, S, S] in 0 … 1 of a spectrum; frequencies are scaled as natural images have them."""
     size = spectrum.shape[2]
     frequencies = torch.fft.fftfreq(size)[:, None].hypot(torch.fft.rfftfreq(size)[None])
     scaled = torch.view_as_complex(spectrum) / frequencies.clamp(min=1 / size).to(spectrum.device)
@@ -49,15 +46,11 @@ def jitter(image, generator):
 
 
 def mean_activation(network, image, layer, channel, leak=0.0):
-    """Of map `channel` of `layer`, for an image [1, 3, S, S] in 0 … 1. With a `leak`, values below zero count
-    by that share, so that a silent map has a gradient too."""
-    relu = [m for m in network.model.get_submodule(layer).modules() if isinstance(m, nn.ReLU)][-1]
-    before = []
-    hook = relu.register_forward_pre_hook(lambda module, inputs: before.append(inputs[0]))
-    try:
+    """Of map `channel` of `layer`, for an image [1, 3, S, S] in 0 … 1; `leak` is the ReLU's slope below 0."""
+    relu = [m for m in network.model.get_submodule(layer).modules() if isinstance(m, torch.nn.ReLU)][-1]
+    before = []  # the maps before that ReLU, [1, channels, h, w]
+    with relu.register_forward_pre_hook(lambda module, inputs: before.extend(inputs)):
         network.model(network.normalize(image))
-    finally:
-        hook.remove()
     return F.leaky_relu(before[0][0, channel], leak).mean()
 
 
@@ -69,16 +62,15 @@ def maximize(network, layer, channel, steps=200, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(steps), f"exciting map {channel} of {layer}", leave=False):
         image = jitter(to_image(spectrum), generator)
-        goal = mean_activation(network, image, layer, channel, leak=0.01)
+        goal = mean_activation(network, image, layer, channel, leak=0.01)  # a silent map has a gradient too
         (spectrum.grad,) = torch.autograd.grad(-goal, spectrum)
         optimizer.step()
     with torch.no_grad():  # ascent does not find the plain colour that some maps of conv1 like best
         colors = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], device=spectrum.device)] * 3)
         plain = colors[:, :, None, None].expand(-1, -1, network.size, network.size)
         images = torch.cat((to_image(spectrum), plain))
-        activations = [mean_activation(network, image[None], layer, channel) for image in images]
-        best = max(range(len(images)), key=activations.__getitem__)
-        return images[best], float(activations[best])
+        found = [(image, float(mean_activation(network, image[None], layer, channel))) for image in images]
+    return max(found, key=lambda pair: pair[1])
 
 
 @cli.command
@@ -93,10 +85,8 @@ def main(argv=None):
     if device.type == "mps":  # https://github.com/pytorch/pytorch/pull/169143: no gradient of grid_sample
         device = torch.device("cpu")
     network = load_network(args.weights, args.dataset, device)
-    if args.map.startswith("strongest"):
-        raise cli.UserError(
-            "--map takes a number here, or several as 7,43"
-        )  # there is no image to respond to
+    if args.map.startswith("strongest"):  # there is no image to respond to
+        raise cli.UserError("--map takes a number here, or several as 7,43")
     black = network.preprocess(torch.zeros(3, data.SIDE, data.SIDE, dtype=torch.uint8))
     (maps,) = inside.feature_maps(network.model, black, args.layer)
     channels = inside.choose_maps(maps, args.map)  # an error before the long search
@@ -109,11 +99,10 @@ def main(argv=None):
         caption = f"mean activation {activation:.3f}"
         if best is not None:
             caption += f"; the best test image has {best[channel]:.3f}"
-        figure = figures.side_by_side(
-            [image], [caption], f"What would excite map {channel} of {args.layer} most"
-        )
+        map_name = f"map {channel} of {args.layer}"
+        figure = figures.side_by_side([image], [caption], f"What would excite {map_name} most")
         save_figure(figure, args, f"maximize_{args.layer}_map{channel}.png")
-        print(f"map {channel} of {args.layer}: {caption}")
+        print(f"{map_name}: {caption}")
 
 
 if __name__ == "__main__":

@@ -65,15 +65,15 @@ def compare(model, x, layer, channel, name):
     axes = figure.subplots(len(inside.RELU_BACKWARD), len(columns))
     for axis, column in zip(axes[0], columns):
         axis.set_title(column, fontsize=10)
-    trained, results = {}, {method: [] for method in inside.RELU_BACKWARD}
-    for axis, method in zip(axes[:, 0], results):
-        trained[method] = inside.reconstruct(model, x, layer, channel, method)
+    trained, results = {}, {}
+    for axis, method in zip(axes[:, 0], inside.RELU_BACKWARD):
+        trained[method], results[method] = inside.reconstruct(model, x, layer, channel, method), []
         figures.show(axis, figures.pattern_image(trained[method]))
         axis.set_ylabel(inside.METHOD_NAMES[method])
-    for count, column in enumerate(columns[1:], 1):
-        models = [randomize(model, stages[:count], seed) for seed in range(SEEDS)]
-        for axis, method in zip(axes[:, count], results):
-            patterns = [inside.reconstruct(other, x, layer, channel, method) for other in models]
+    for n, column in enumerate(columns[1:], 1):
+        networks = [randomize(model, stages[:n], seed) for seed in range(SEEDS)]
+        for axis, method in zip(axes[:, n], trained):
+            patterns = [inside.reconstruct(network, x, layer, channel, method) for network in networks]
             figures.show(axis, figures.pattern_image(patterns[0]))
             measures = zip(*(similarity(trained[method], pattern) for pattern in patterns))
             rank, ssim = (f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in measures)

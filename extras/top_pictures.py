@@ -15,7 +15,6 @@ from common.device import select_device
 from common.network import load_network
 from common.page.client import save_figure
 
-KEPT = 9  # images for each map
 CACHE = Path("runs/top_pictures")
 
 
@@ -23,20 +22,17 @@ CACHE = Path("runs/top_pictures")
 def strongest(network, images, batch=100):
     """For each stage: (values [maps, 9], images [maps, 9], positions [maps, 9] in the flattened map, and
     largest mean activations [maps]) over all `images`, uint8 [N, 3, S, S]; the strongest first."""
-    found = {}
-    for first in tqdm(range(0, len(images), batch), "looking at every test image", leave=False):
-        x = network.preprocess(images[first : first + batch])
-        for stage, maps in zip(inside.STAGES, inside.feature_maps(network.model, x, *inside.STAGES)):
+    found = {stage: [] for stage in inside.STAGES}
+    for part in tqdm(images.split(batch), "looking at every test image", leave=False):
+        stages = inside.feature_maps(network.model, network.preprocess(part), *inside.STAGES)
+        for stage, maps in zip(inside.STAGES, stages):
             maps = maps.flatten(2).transpose(0, 1)  # [maps, images, positions]
-            values, positions = maps.max(2)
-            indices = torch.arange(first, first + len(x), device=x.device).expand_as(values)
-            new, means = (values, indices, positions), maps.mean(2).amax(1)
-            if stage in found:
-                *old, best = found[stage]
-                new, means = [torch.cat(pair, 1) for pair in zip(old, new)], means.maximum(best)
-            order = new[0].topk(min(KEPT, new[0].shape[1])).indices
-            found[stage] = *(part.gather(1, order) for part in new), means
-    return {stage: [part.cpu() for part in parts] for stage, parts in found.items()}
+            found[stage].append((*maps.max(2), maps.mean(2)))
+    for stage, parts in found.items():
+        peaks, positions, means = (torch.cat(tensors, 1).cpu() for tensors in zip(*parts))  # [maps, N] each
+        values, indices = peaks.topk(min(9, len(images)))
+        found[stage] = values, indices, positions.gather(1, indices), means.amax(1)
+    return found
 
 
 def cached_strongest(network, images):
@@ -49,10 +45,9 @@ def cached_strongest(network, images):
 
 def crop_box(position, width, field, step, size):
     """(top, left, bottom, right): what a position of a map of that width sees of a size×size image."""
-    centre = [step * int(index) for index in divmod(int(position), width)]
-    low = [max(0, c - field // 2) for c in centre]
-    high = [min(size, c + field // 2 + 1) for c in centre]
-    return *low, *high
+    row, column = (step * index for index in divmod(position, width))
+    half = field // 2
+    return max(0, row - half), max(0, column - half), min(size, row + half + 1), min(size, column + half + 1)
 
 
 @cli.command

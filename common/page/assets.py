@@ -1,8 +1,6 @@
-"""The page's JavaScript, style sheets and fonts, which visdom's package lacks.
-
-visdom's server fetches them from the web at its first start; where that fails, or hangs, the page stays
-blank. Here they come with a time limit, from the web or else by npm, and a file is there whole or not at
-all."""
+"""The page's JavaScript, style sheets and fonts. visdom fetches them from the web at its first start; where
+that fails, or hangs, the page stays blank. Here they come with a time limit, from the web or else by npm, and
+each is there whole or not at all."""
 
 import contextlib
 import json
@@ -10,7 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import threading
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import requests  # comes with visdom
@@ -22,69 +20,57 @@ from common.cli import UserError
 STATIC = Path(visdom.__file__).parent / "static"
 RECORD = "whole.json"  # {"version": visdom's, "sizes": {file: bytes}}
 CDN = "https://unpkg.com"
-
-# Each file below STATIC, and where it comes from: npm package@version/path in it. A test holds this against
-# what the installed visdom would download.
-GLYPHS = "fonts/glyphicons-halflings-regular"
-EVERY_VERSION = {
-    "js/jquery.min.js": "jquery@3.1.1/dist/jquery.min.js",
-    "js/bootstrap.min.js": "bootstrap@3.3.7/dist/js/bootstrap.min.js",
-    "js/react-react.min.js": "react@16.2.0/umd/react.production.min.js",
-    "js/react-dom.min.js": "react-dom@16.2.0/umd/react-dom.production.min.js",
-    "js/react-modal.min.js": "react-modal@3.1.10/dist/react-modal.min.js",
-    "js/plotly-plotly.min.js": "plotly.js-dist-min@2.11.1/plotly.min.js",
-    "js/sjcl.js": "sjcl@1.0.7/sjcl.js",
-    "js/layout_bin_packer.js": "layout-bin-packer@1.4.0/dist/layout-bin-packer.js",
-    "js/layout-bin-packer.js.map": "layout-bin-packer@1.4.0/dist/layout-bin-packer.js.map",
-    "js/d3.v3.min.js": "d3@3.5.17/d3.min.js",
-    "js/d3-selection-multi.v1.js": "d3-selection-multi@1.0.1/build/d3-selection-multi.js",
-    "js/saveSvgAsPng.js": "save-svg-as-png@1.4.17/lib/saveSvgAsPng.js",
-    "css/bootstrap.min.css": "bootstrap@3.3.7/dist/css/bootstrap.min.css",
-    "fonts/classnames": "classnames@2.2.5/index.js",
-    f"{GLYPHS}.svg#glyphicons_halflingsregular": f"bootstrap@3.3.7/dist/{GLYPHS}.svg",
-} | {f"{GLYPHS}.{kind}": f"bootstrap@3.3.7/dist/{GLYPHS}.{kind}" for kind in ("eot", "ttf", "woff", "woff2")}
+VISDOM_0_2 = visdom.__version__.startswith("0.2.")
 MATHJAX_2 = (
     "MathJax.js", "config/Safe.js", "config/TeX-AMS-MML_HTMLorMML.js", "extensions/Safe.js",
     "jax/output/SVG/config.js", "jax/output/SVG/jax.js", "jax/output/SVG/fonts/TeX/fontdata.js",
     "jax/output/SVG/fonts/TeX/Size1/Regular/Main.js",
 )  # fmt: skip
-BY_VERSION = {
-    "0.2": {
-        "css/react-resizable-styles.css": "react-resizable@1.4.6/css/styles.css",
-        "css/react-grid-layout-styles.css": "react-grid-layout@0.16.3/css/styles.css",
-    }
-    | {f"js/mathjax/2.7.5/{path}": f"mathjax@2.7.5/{path}" for path in MATHJAX_2},
-    "0.3": {
-        "css/react-resizable-styles.css": "react-resizable@3.1.3/css/styles.css",
-        "css/react-grid-layout-styles.css": "react-grid-layout@2.2.3/css/styles.css",
-        "js/mathjax/3.2.2/es5/tex-mml-svg.js": "mathjax@3.2.2/es5/tex-mml-svg.js",
-    },
-}
 
 
 def sources():
-    """{file below STATIC: where it comes from} for the installed visdom."""
-    return EVERY_VERSION | BY_VERSION["0.2" if visdom.__version__.startswith("0.2.") else "0.3"]
+    """{file below STATIC: npm package@version/path in it}: those that the installed visdom would download."""
+    files = {
+        "js/jquery.min.js": "jquery@3.1.1/dist/jquery.min.js",
+        "js/react-react.min.js": "react@16.2.0/umd/react.production.min.js",
+        "js/react-dom.min.js": "react-dom@16.2.0/umd/react-dom.production.min.js",
+        "js/react-modal.min.js": "react-modal@3.1.10/dist/react-modal.min.js",
+        "js/plotly-plotly.min.js": "plotly.js-dist-min@2.11.1/plotly.min.js",
+        "js/sjcl.js": "sjcl@1.0.7/sjcl.js",
+        "js/layout_bin_packer.js": "layout-bin-packer@1.4.0/dist/layout-bin-packer.js",
+        "js/layout-bin-packer.js.map": "layout-bin-packer@1.4.0/dist/layout-bin-packer.js.map",
+        "js/d3.v3.min.js": "d3@3.5.17/d3.min.js",
+        "js/d3-selection-multi.v1.js": "d3-selection-multi@1.0.1/build/d3-selection-multi.js",
+        "js/saveSvgAsPng.js": "save-svg-as-png@1.4.17/lib/saveSvgAsPng.js",
+        "fonts/classnames": "classnames@2.2.5/index.js",
+    }
+    kinds = "eot", "ttf", "woff", "woff2", "svg#glyphicons_halflingsregular"
+    fonts = [f"fonts/glyphicons-halflings-regular.{kind}" for kind in kinds]
+    for file in "js/bootstrap.min.js", "css/bootstrap.min.css", *fonts:
+        files[file] = f"bootstrap@3.3.7/dist/{file.partition('#')[0]}"
+    resizable, grid_layout = ("1.4.6", "0.16.3") if VISDOM_0_2 else ("3.1.3", "2.2.3")
+    files["css/react-resizable-styles.css"] = f"react-resizable@{resizable}/css/styles.css"
+    files["css/react-grid-layout-styles.css"] = f"react-grid-layout@{grid_layout}/css/styles.css"
+    mathjax, scripts = ("2.7.5", MATHJAX_2) if VISDOM_0_2 else ("3.2.2", ["es5/tex-mml-svg.js"])
+    return files | {f"js/mathjax/{mathjax}/{path}": f"mathjax@{mathjax}/{path}" for path in scripts}
 
 
 def missing():
-    """The part of `sources` that is not there, or not whole, or another visdom's."""
+    """The part of `sources` that is not there, not whole, or another visdom's."""
     try:
         record = json.loads((STATIC / RECORD).read_text())
     except (OSError, ValueError):  # perhaps visdom's own server has fetched them
         built = STATIC / "version.built"
         record = dict(version=built.read_text().strip() if built.exists() else None, sizes={})
-
-    def is_whole(file):
-        size = (STATIC / file).stat().st_size if (STATIC / file).is_file() else 0
-        return size and size == record["sizes"].get(file, size)
-
-    known = record["version"] == visdom.__version__
-    return {file: source for file, source in sources().items() if not (known and is_whole(file))}
+    if record["version"] != visdom.__version__:
+        return sources()
+    sizes = {file: (STATIC / file).stat().st_size for file in sources() if (STATIC / file).is_file()}
+    whole = {file for file, size in sizes.items() if size and size == record["sizes"].get(file, size)}
+    return {file: source for file, source in sources().items() if file not in whole}
 
 
 def from_web(files):
-    """{file: content} of {file: source}. Raises an OSError, which those of requests are."""
+    """{file: content} of {file: source}."""
     contents = {}
     with requests.Session() as session:
         for file, source in files.items():
@@ -95,59 +81,38 @@ def from_web(files):
 
 
 def from_npm(files):
-    """{file: content} of {file: source}. Raises an OSError, or one of subprocess, tarfile or a lookup."""
+    """{file: content} of {file: source}."""
     contents, packages = {}, sorted({source.partition("/")[0] for source in files.values()})
     command = [shutil.which("npm") or "npm", "pack", "--json", "--fetch-retries=0", *packages]
     with tempfile.TemporaryDirectory() as folder:
-        options = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True)
-        packed = json.loads(subprocess.run(command, cwd=folder, **options).stdout)
-        for package, name in zip(packages, (each["filename"] for each in packed)):
-            with tarfile.open(Path(folder, name)) as archive:
+        output = subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, timeout=60)
+        for package, archive in zip(packages, json.loads(output)):
+            with tarfile.open(Path(folder, archive["filename"])) as tar:
                 for file, source in files.items():
                     if source.startswith(f"{package}/"):
-                        contents[file] = archive.extractfile(source.replace(package, "package", 1)).read()
+                        contents[file] = tar.extractfile(source.replace(package, "package", 1)).read()
     return contents
 
 
 def within(seconds, fetch, files):
-    """What `fetch` returns, or None if it fails or takes longer: then its thread is left to end with the
-    process. The time limits of sockets do not help where an answer drips."""
-    results = []
-
-    def run():
-        with contextlib.suppress(
-            OSError, subprocess.SubprocessError, tarfile.TarError, ValueError, LookupError
-        ):
-            results.append(fetch(files))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    """What `fetch(files)` returns, or None if it fails or takes longer, as where an answer drips."""
+    with contextlib.suppress(Exception), ThreadPool(1) as pool:  # no web, no npm, a broken archive, …
+        return pool.apply_async(fetch, [files]).get(seconds)
 
 
 def ensure():
-    """Fetches what is missing, in at most a minute and a half. Raises `UserError` if it cannot be had."""
-    if not (files := missing()):
+    """Fetches all files if any is missing, in 90 seconds. Raises `UserError` if they cannot be had."""
+    if not missing():
         return
     print("fetching the files of visdom's page, once …", flush=True)
-    contents = within(30, from_web, files) or within(60, from_npm, files)
+    contents = within(30, from_web, sources()) or within(60, from_npm, sources())
     if not contents:
-        raise UserError(
-            f"visdom's page will be blank: neither the web nor npm has the {len(files)} files that it needs "
-            f"({min(files)}, …): connect once, or install npm"
-        )
+        reason = "neither the web nor npm has the files that it needs"
+        raise UserError(f"visdom's page will be blank: {reason}: connect once, or install npm")
+    sizes = {file: len(content) for file, content in contents.items()}
+    contents["version.built"] = visdom.__version__.encode()
+    contents[RECORD] = json.dumps(dict(version=visdom.__version__, sizes=sizes)).encode()
     for file, content in contents.items():
-        _write(file, content)
-    sizes = {file: (STATIC / file).stat().st_size for file in sources()}
-    _write("version.built", visdom.__version__.encode())
-    _write(RECORD, json.dumps(dict(version=visdom.__version__, sizes=sizes)).encode())
-
-
-def _write(file, content):
-    try:
         (STATIC / file).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"visdom's page will be blank: {error.filename} cannot be made ({error.strerror})")
-    with atomic_write(STATIC / file) as opened:
-        opened.write(content)
+        with atomic_write(STATIC / file) as opened:
+            opened.write(content)

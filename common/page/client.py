@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,13 +16,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.checkpoint import atomic_write
 from common.cli import UserError, make_folder
 
 # A proxy is for the web, not for this machine.
 for variable in ("NO_PROXY", "no_proxy"):
     os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
 
-PAGES = Path("runs/visdom")  # where the server keeps what the pages show
+PAGES = "runs/visdom"  # where the server keeps what the pages show
 
 
 def address(port):
@@ -34,21 +34,13 @@ def address(port):
 def is_listening(port):
     """Whether a visdom server listens on `port`. Raises `UserError` if something else does."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=3):
-            pass
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        pass  # the request below says what is wrong
-    request = urllib.request.Request(f"{address(port)}/env_state", b"{}")
-    try:
-        with urllib.request.urlopen(request, timeout=3) as answer:
+        with urllib.request.urlopen(f"{address(port)}/env_state", b"{}", timeout=3) as answer:
             if isinstance(json.load(answer), list):  # the names of its pages
                 return True
-    except (OSError, http.client.HTTPException, ValueError):  # no answer in time, not HTTP, or not JSON
-        pass
-    way_out = "--port takes a free one, --no-visdom does without"
-    raise UserError(f"port {port} is used by another program: {way_out}")
+    except (OSError, http.client.HTTPException, ValueError) as error:  # not in time, not HTTP, or not JSON
+        if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+            return False
+    raise UserError(f"port {port} is used by another program: choose another --port, or --no-visdom")
 
 
 def start_server(port):
@@ -62,15 +54,11 @@ def start_server(port):
 def stop_server(process):
     """Ends what `start_server` returned; None is no server."""
     if process:
-        process.terminate()
-        try:
-            process.wait(timeout=3)
-        except subprocess.TimeoutExpired:  # it hangs
-            process.kill()
-            process.wait()
+        process.kill()  # it may hang, and has nothing to tidy up
+        process.wait()
 
 
-def connect(port, environment, events=False):
+def connect(port, env, events=False):
     """A client of the server on `port`, for one environment. Raises ConnectionError."""
     import visdom
 
@@ -86,15 +74,7 @@ def connect(port, environment, events=False):
             return answer.text
 
     logging.getLogger("visdom").setLevel(logging.CRITICAL)
-    options = dict(use_incoming_socket=events, raise_exceptions=True)
-    return Client("http://127.0.0.1", port=port, env=environment, **options)
-
-
-def has_pane(client, title):
-    """Whether the server shows that pane. Raises ConnectionError. (`win_exists` prints when the server is
-    gone.)"""
-    request = dict(win=title, eid=client.env)
-    return client._send(request, endpoint="win_exists", quiet=True) == "true"
+    return Client("http://127.0.0.1", port=port, env=env, use_incoming_socket=events, raise_exceptions=True)
 
 
 def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
@@ -109,7 +89,7 @@ def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
     client._send(dict(data=traces, layout=layout, win=title, eid=client.env, opts=opts))
 
 
-def draw_bars(client, title, values, marked, label, size, **layout):
+def draw_bars(client, title, values, label, marked, size, **layout):
     """A column chart of `values` [N], one of which is `marked`; it tells map and value under the pointer."""
     colors = ["#e4572e" if i == marked else "#4c78a8" for i in range(len(values))]
     hover = "map %{x}: %{y:.4f}<extra></extra>"
@@ -117,30 +97,32 @@ def draw_bars(client, title, values, marked, label, size, **layout):
     draw(client, title, [trace], "feature map", label, size, **layout)
 
 
-def png(image):
-    """An image, uint8 [3, H, W], as the source of an HTML image."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def draw_images(client, win, images, captions, side, font, **opts):
+    """A pane of images, uint8 [3, H, W], each `side` px wide over its caption, in a font of `font` px."""
+    style = f"display:inline-block;width:{side}px;margin:2px;font-size:{font}px;line-height:1.1"
+    cells = []
+    for image, caption in zip(images, captions):
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+        source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        tag = f"<img src='{source}' style='width:100%;image-rendering:pixelated'>"
+        cells.append(f"<div style='{style}'>{tag}<br>{caption}</div>")
+    client.text("".join(cells), win=win, opts=dict(title=win) | opts)
 
 
 def save_figure(figure, args, name, bars=None):
-    """Writes the figure to the folder --out, prints its path and, if a page is open on --port, shows it
-    there, in the environment "figures": as it is, or by `draw_bars` from `bars` (title, values [N], label).
-    Raises `UserError` if it cannot be written."""
+    """Writes the figure to the folder --out, prints its path and shows it on an open page on --port:
+    as it is, or by `draw_bars` from `bars` (title, values [N], label). Raises `UserError`."""
     path = make_folder(args.out) / name
-    try:
-        figure.savefig(path, dpi=90, pil_kwargs=dict(optimize=True))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name another folder with --out")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=90, pil_kwargs=dict(optimize=True))
     print(path)
     with contextlib.suppress(UserError, ConnectionError, ImportError):  # the file is what counts
         if not is_listening(args.port):
             return
         client = connect(args.port, "figures")
         if bars:
-            title, values, label = bars
-            draw_bars(client, title, values, int(values.argmax()), label, (620, 300))
+            draw_bars(client, *bars, int(bars[1].argmax()), (620, 300))
         else:
             image = np.array(Image.open(path).convert("RGB")).transpose(2, 0, 1)
             opts = dict(title=name, width=620, height=round(620 * image.shape[1] / image.shape[2]) + 25)

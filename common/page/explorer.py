@@ -5,17 +5,16 @@ import random
 import time
 
 import matplotlib
-import numpy as np
 import torch
 import torch.nn.functional as F
-import visdom
+from torchvision.utils import make_grid
 
 from common import cli, data, figures, inside
 from common.device import select_device
 from common.network import load_network
 from common.page import assets, client
 
-GRID = 480  # pixels: the side of the grid of maps
+GRID, PANE = 480, 530  # pixels: the side of the grid of maps; its pane's height, a multiple of 15 less 10
 LISTED = 100  # test images to choose from by name; the others come at random
 
 
@@ -55,20 +54,20 @@ class Explorer:
         listed = sorted({*range(min(LISTED, len(self.images))), self.index})
         names = [f"{i}: {self.network.classes[self.labels[i]]}" for i in listed]
         self.choices = dict(layer=inside.STAGES, index=listed, method=list(inside.RELU_BACKWARD))
-        selects = [
+        fields = [
             dict(type="select", name=attribute, values=values, value=values.index(getattr(self, attribute)))
             for attribute, values in self.choices.items()
         ]
-        selects[1] |= dict(name="test image", values=names)
+        fields[1] |= dict(name="test image", values=names)
         # No field to type in: where a pane has an image, visdom swallows every key.
-        button = dict(type="button", name="or any test image", value="at random")
-        opts = dict(title="Choose", width=280, height=180)
-        self.page.properties([*selects, button], win="Choose", opts=opts)
-        self.x = self.network.preprocess(self.images[self.index])
+        fields.append(dict(type="button", name="or any test image", value="at random"))
+        self.page.properties(fields, win="Choose", opts=dict(title="Choose", width=280, height=180))
+        image = self.images[self.index]
+        self.x = self.network.preprocess(image)
         with torch.no_grad():
             (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
         caption = f"test image {names[listed.index(self.index)]};<br>{self.network.prediction(self.x)}"
-        self._show_images("Image", (self.images[self.index], caption))
+        client.draw_images(self.page, "Image", [image], [caption], 190, 11, width=205, height=260)
         self._draw_grid()
         self.show_map(*inside.choose_maps(self.maps, "strongest:1"))
 
@@ -77,47 +76,36 @@ class Explorer:
         self.columns = math.ceil(math.sqrt(count))
         self.cell = GRID // self.columns
         cells = F.interpolate(self.maps, self.cell - 1)[0].cpu()
-        tiles = figures.tile(cells[:, None], self.columns, 1, math.nan)[0, 1:, 1:]  # a line after each cell
-        height, width = tiles.shape  # the pane keeps its first size, so fill up to one
-        sheet = F.pad(tiles, (0, GRID - width, 0, GRID - height), value=math.nan)
-        # visdom makes panes a multiple of 15 px less 10 high, with 15 px of title, and centres the image below
-        # that, or in visdom 0.2 as if there were none.
-        height = 15 * math.ceil((GRID + 60) / 15) - 10
-        self.above = (height - GRID - (0 if visdom.__version__.startswith("0.2.") else 15)) / 2
+        tiles = make_grid(cells[:, None], self.columns, 1, pad_value=math.nan)[0, 1:, 1:]
+        sheet = torch.full((GRID, GRID), math.nan)  # the pane keeps its first size
+        sheet[: tiles.shape[0], : tiles.shape[1]] = tiles
+        # visdom centres the image below the pane's title of 15 px, or visdom 0.2 as if there were none.
+        self.above = (PANE - GRID - (0 if assets.VISDOM_0_2 else 15)) / 2
         title = f"The {count} maps of {self.layer}: double-click one"  # a pane's first click only chooses it
-        opts = dict(title=title, width=GRID, height=height - 15)
-        self.page.image(heat_map(sheet, cells.max()), win="Maps", opts=opts)
+        opts = dict(title=title, width=GRID, height=PANE - 15)
+        self.page.image(heat_map(sheet).numpy(), win="Maps", opts=opts)
 
     def show_map(self, channel):
         """The map, its column in the chart, and the pattern that it responded to."""
-        self.channel, activations = channel, inside.mean_activations(self.maps).cpu()
-        feature_map = self.maps[0, channel].cpu()
-        pattern = inside.reconstruct(self.network.model, self.x, self.layer, channel, self.method).cpu()
+        self.channel = channel
+        pattern = inside.reconstruct(self.network.model, self.x, self.layer, channel, self.method)
         pattern = (255 * figures.pattern_image(pattern)).to(torch.uint8)
         caption = f"what map {channel} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"
-        map_image = torch.from_numpy(heat_map(feature_map, feature_map.max()))
-        map_caption = inside.describe_map(self.maps, self.layer, channel)
-        self._show_images("Map and pattern", (pattern, caption), (map_image, map_caption))
+        captions = [caption, inside.describe_map(self.maps, self.layer, channel)]
+        images = [pattern, heat_map(self.maps[0, channel])]
+        client.draw_images(self.page, "Map and pattern", images, captions, 190, 11, width=205, height=520)
+        activations = inside.mean_activations(self.maps).cpu()
         mark = dict(x=channel, y=float(activations[channel]), text=f"map {channel}", showarrow=False)
         mark |= dict(font=dict(color="#b03a16"), yshift=9, bgcolor="white")
         options = dict(size=(495, 250), bargap=0, annotations=[mark])
-        client.draw_bars(self.page, "Mean activations", activations, channel, "mean activation", **options)
-
-    def _show_images(self, title, *images):
-        """A pane of images, each uint8 [3, H, W] with its caption."""
-        content = "".join(
-            f"<img src='{client.png(image)}' style='width:190px;image-rendering:pixelated'>"
-            f"<div style='font-size:11px;height:50px'>{caption}</div>"
-            for image, caption in images
-        )
-        self.page.text(content, win=title, opts=dict(title=title, width=205, height=260 * len(images)))
+        client.draw_bars(self.page, "Mean activations", activations, "mean activation", channel, **options)
 
 
-def heat_map(values, highest):
-    """[h, w] from 0 to `highest` as uint8 [3, h, w], a NumPy array; NaN is white."""
+def heat_map(values):
+    """[h, w] from 0 to the largest value as an image, uint8 [3, h, w] on the CPU; NaN is white."""
+    values = values / values.nan_to_num().max().clamp(min=1e-12)
     colors = matplotlib.colormaps["inferno"].with_extremes(bad="white")
-    scaled = values.numpy() / max(float(highest), 1e-12)
-    return colors(np.ma.masked_invalid(scaled), bytes=True)[..., :3].transpose(2, 0, 1)
+    return torch.from_numpy(colors(values.cpu().numpy(), bytes=True)[..., :3]).permute(2, 0, 1)
 
 
 def explore(args):

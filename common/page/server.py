@@ -1,24 +1,21 @@
-"""The visdom server, in a process of its own that imports little else: server.py PORT FOLDER"""
+"""The visdom server, in a process of its own that imports little else: server.py PORT PATH"""
 
+import os
 import sys
-from pathlib import Path
 
 from visdom.server import app, run_server
 
 
-def serve(port, folder):
-    """Serves until it is interrupted, to this machine only; what the pages show is kept in `folder`. Raises
-    OSError if the port cannot be had."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+def serve(port, path):
+    """Serves this machine alone until interrupted, with the pages in the folder `path`. Raises OSError."""
+    os.makedirs(path, exist_ok=True)
     app.tornado_settings["autoreload"] = False  # else an edit to any module would restart it, empty
 
     def check(actual):  # visdom 0.3 takes another port than one that is busy
         if actual != port:
             raise OSError(f"port {port} is busy")
 
-    run_server.start_server(
-        port, "127.0.0.1", base_url="", env_path=f"{folder}/", bind_local=True, print_func=check
-    )
+    run_server.start_server(port, "127.0.0.1", base_url="", env_path=path, bind_local=True, print_func=check)
 
 
 if __name__ == "__main__":
