@@ -25,17 +25,17 @@ class Page:
         self.name, self.port = settings["name"], port
         self.evaluation = self.server = self._client = self._drawn_evaluation = None
         self.eta, self.starts, self._announced = "", 0, False
-        if not client.is_listening(port):
-            try:
-                assets.ensure()
-            except (cli.UserError, OSError) as error:
-                print(f"{error}. All else goes on, and {client.PAGES} keeps what the page would show")
-            self.server = client.start_server(port)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
 
     def __enter__(self):
+        if not client.is_listening(self.port):
+            try:
+                assets.ensure()
+            except cli.UserError as error:
+                print(f"{error}. All else goes on, and {client.PAGES} keeps what the page would show")
+            self.server = client.start_server(self.port)
+        self._thread.start()
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -58,7 +58,7 @@ class Page:
                 if closing:
                     self._client.save([self.name])
                     return
-            except Exception as error:  # the page is a comfort, never a reason to end the run
+            except Exception as error:  # the page is a convenience, never a reason to end the run
                 logging.getLogger(__name__).debug("the live page: %r", error)
                 self._client = self._drawn_evaluation = None  # the server may be another
                 ended = self.server is None or self.server.poll() is not None
@@ -78,11 +78,11 @@ class Page:
         self._draw_run(count, rows)
         if rows:
             self._draw_epochs(rows)
-        drawn = evaluation is self._drawn_evaluation and self._client.win_exists("Mistakes")
-        if evaluation and not drawn:  # or drawn by a server that another has replaced
+        drawn = evaluation is self._drawn_evaluation
+        if evaluation and not (drawn and self._client.win_exists("Mistakes")):  # the server may be another
             self._draw_evaluation(*evaluation)
             self._drawn_evaluation = evaluation
-        if not self._announced:  # not before: visdom shows nothing, ever, to who comes too early
+        if not self._announced:  # only now: a browser that comes before the first pane stays blank
             tqdm.write(f"live page: {client.address(self.port)}/env/{quote(self.name)}")
             self._announced = True
 
@@ -144,19 +144,19 @@ class Page:
         self._client.text(table, win="Run", opts=dict(title="Run", width=290, height=335))
 
     def _draw_evaluation(self, images, labels, logits):
-        """The confusion matrix, and the test images that the network is most wrongly sure about."""
+        """The confusion matrix, and the test images with the most confident mistakes."""
         counts, classes = figures.confusion_matrix(labels, logits), self.classes
         trace = dict(type="heatmap", z=counts.tolist(), x=classes, y=classes, showscale=False)
         trace["hovertemplate"] = "%{z} images: %{y}, taken for %{x}<extra></extra>"
         trace["colorscale"] = [[0, "white"], [1, "#08306b"]]
         axis = dict(type="category", dtick=1, tickfont=dict(size=9))
         axes = dict(xaxis=axis, yaxis=axis | dict(autorange="reversed"), margin=dict(l=80, r=6, t=6, b=70))
-        client.draw(self._client, "Confusion", [trace], "the network says", "it is", (330, 335), **axes)
+        client.draw(self._client, "Confusion", [trace], "predicted class", "true class", (330, 335), **axes)
         confidence, predicted = logits.softmax(1).max(1)
         wrong = (predicted != labels).nonzero().flatten()
         worst = wrong[confidence[wrong].argsort(descending=True)[:21]]
         captions = [f"{classes[predicted[i]]} {confidence[i]:.0%},<br>is {classes[labels[i]]}" for i in worst]
-        opts = dict(title="Most wrongly sure", width=510, height=335)
+        opts = dict(title="Most confident mistakes", width=510, height=335)
         client.draw_images(self._client, "Mistakes", images[worst], captions, 68, 9, **opts)
 
 

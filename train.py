@@ -4,7 +4,7 @@ python train.py                        the default recipe, to runs/cifar10
 python train.py --resume               go on with it where it stopped
 python train.py --recipe assignment    the report's own recipe
 python train.py --dataset digits --epochs 10 --size 64    try it all in minutes, with no download
-torchrun --nproc-per-node=4 train.py   with four processes, of a GPU each where there are GPUs"""
+torchrun --nproc-per-node=4 train.py   with four processes, with one GPU each if there are GPUs"""
 
 import contextlib
 import itertools
@@ -34,9 +34,9 @@ RECIPES = {
         lr=0.1,  # peak of the one-cycle learning rate
         warmup=0.2,  # share of the run in which the rate rises to its peak; then it falls to 0
         momentum=0.9,  # of SGD
-        nesterov=True,  # Nesterov's form of it
+        nesterov=True,  # Nesterov momentum
         weight_decay=5e-4,  # on weights only: not on biases and batch norms
-        label_smoothing=0.1,  # share of the target that goes to all classes alike; in the training loss only
+        label_smoothing=0.1,  # share of the target spread evenly over all classes; in the training loss only
         shift=4,  # px of 32: images are cropped up to this far off centre
         flip=True,  # half of the images, left to right (never digits)
         mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's own, per channel, of values from 0 to 1
@@ -66,18 +66,23 @@ def parse(argv):
     parser = cli.parser(__doc__, "data", "dataset", "weights", "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
     add("--recipe", choices=list(RECIPES), help="the settings to train with (default: fast)")
-    add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="default: the recipe's, 23 or 25")
+    add(
+        "--epochs",
+        type=cli.number(int, 1, 100_000),
+        metavar="N",
+        help="passes over the data (default: the recipe's)",
+    )
     add("--batch-size", type=cli.number(int, 2), metavar="N", help="images a step (default: 128)")
     add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
     add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="of all that is random (default: 0)")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="default: auto, by the device")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="number format (default: auto)")
     add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N images only")
     add("--holdout", type=whole, metavar="N", help="evaluate on the last N training images, held out")
     add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
         "--evaluate, the confusion matrix (default: figures)")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
+    add("--save-every", type=real, default=5, metavar="MINUTES", help="also within an epoch (default: 5)")
     add("--evaluate", action="store_true", help="only evaluate --weights")
     add("--accumulate", type=whole, default=1, metavar="K", help="take a batch in K parts, to save memory")
     add("--sync-bn", action="store_true", help="with torchrun on CUDA: batch norms see the whole batch")
@@ -149,16 +154,16 @@ def evaluate(model, images, labels, size, settings, progress=""):
 
 
 def backward(model, images, labels, batch, size, settings, scaler, micro_batches=1):
-    """Adds the gradient of a batch's mean loss to the weights' `grad`: the sum over all processes, each of
-    which takes its shard of the batch, and over the `micro_batches` of that, one after the other. Returns the
-    mean [loss, accuracy] of the batch, as a tensor."""
+    """Adds the gradient of the batch's mean loss to the weights' `grad`. Each process takes its shard of the
+    batch, in `micro_batches` parts one after the other. Returns its mean [loss, accuracy], a tensor."""
     count, result = len(batch.indices), torch.zeros(2, device=images.device)
-    shards = (distributed.shard(field).tensor_split(micro_batches) for field in batch)
-    for number, part in enumerate(map(data.Batch._make, zip(*shards)), 1):
+    shards = [distributed.shard(field).tensor_split(micro_batches) for field in batch]
+    for i in range(micro_batches):
+        part = data.Batch(*(field[i] for field in shards))
         x = data.augment(images, part)
         x = data.normalize_and_resize(x, size, settings["mean"], settings["std"])
         y = labels[part.indices]
-        with distributed.sync_gradients(model, number == micro_batches):
+        with distributed.sync_gradients(model, enabled=i == micro_batches - 1):
             with autocast(images.device, settings["precision"]):
                 logits = model(x)
             logits = logits.float()
@@ -170,16 +175,16 @@ def backward(model, images, labels, batch, size, settings, scaler, micro_batches
 
 
 class ProgressBar:
-    """A bar for each epoch, one at a time, of its images and their speed, with the latest loss and accuracy
-    and the time left of the whole run, which the live page shows too."""
+    """One bar an epoch: images and images/s, the latest loss and accuracy, and the time left in the run."""
 
     def __init__(self, run, page):
         self.run, self.page = run, page
-        self.work = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration: as its pixels
+        pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of each iteration: so long it takes
+        self.work = np.append(0, pixels.cumsum())  # that is done after so many iterations
         self.first, self.began = run.iteration, time.time()
 
     def epoch(self, epoch, first):
-        """The bar, as a context, of an epoch of which `first` steps are done."""
+        """Opens the bar of an epoch whose first `first` steps are done; use it in a `with`."""
         settings, batch_size = self.run.settings, self.run.batch_size
         self.bar = tqdm(
             desc=f"epoch {epoch + 1}/{settings['epochs']}, {settings['sizes'][epoch]} px", unit=" images",
@@ -189,8 +194,8 @@ class ProgressBar:
         return self.bar
 
     def update(self, iteration):
-        """After each step, with the number of iterations that are done."""
-        done, left = self.work[self.first : iteration].sum(), self.work[iteration:].sum()
+        """Call it after each step; `iteration` counts those that are done."""
+        done, left = self.work[iteration] - self.work[self.first], self.work[-1] - self.work[iteration]
         self.page.eta = tqdm.format_interval((time.time() - self.began) * left / done)
         if self.run.iteration:  # it lags by one
             loss, accuracy = (self.run.history[key][-1] for key in ("loss", "accuracy"))
@@ -200,10 +205,10 @@ class ProgressBar:
 
 
 class NoPage(contextlib.nullcontext):
-    """Stands in for `Myvisdom.Page` where a run has no live page: what it is told, it forgets."""
+    """Stands in for `Myvisdom.Page` where a run has no live page: it takes the same, and does nothing."""
 
     def __init__(self, *args):
-        super().__init__(self)
+        super().__init__()
 
 
 def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
@@ -217,7 +222,7 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
         def stop_signal():  # that any of the processes has received, or 0
             return distributed.all_reduce_max(max(signals, default=0))
 
-        run.save(required=True)  # what cannot be written is said now
+        run.save(required=True)  # fails now if nothing can be written
         for epoch in range(len(run.history["epochs"]), run.settings["epochs"]):
             stop = train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, micro_batches)
             if not stop:
@@ -280,7 +285,7 @@ def evaluate_epoch(run, dataset, epoch, page):
 
 
 def report_accuracy(model, dataset, split, size, settings):
-    """Evaluates on a `split`, "training" or the other, and prints the result; returns (accuracy, logits)."""
+    """Evaluates on "training" or `dataset.test_split`, prints the result; returns (accuracy, logits)."""
     images, labels = dataset[:2] if split == "training" else dataset[2:4]
     loss, accuracy, logits = evaluate(model, images, labels, size, settings, f"evaluating, {split} set")
     what = f"{split} set, {len(labels):,} images of {dataset.source} at {size} px"
@@ -322,7 +327,7 @@ def non_default_flags(args, **defaults):
 
 
 def resume_command(args):
-    """What goes on with the run that these flags started."""
+    """The command that resumes the run that these flags started."""
     processes = distributed.LOCAL_WORLD_SIZE
     start = "python" if distributed.WORLD_SIZE == 1 else f"torchrun --nproc-per-node={processes}"
     defaults = dict(out=f"runs/{args.dataset}", dataset="cifar10", data="data", device="auto", accumulate="1")
@@ -382,11 +387,11 @@ def evaluate_weights(args, device):
     settings = dict(mean=network.mean, std=network.std, precision=precision)
     accuracy, logits = report_accuracy(network.model, dataset, dataset.test_split, size, settings)
     if distributed.RANK:
-        return  # the first process tells
+        return  # the first process reports
     counts = figures.confusion_matrix(dataset.test_labels, logits)
     for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
         print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / row.sum().clamp(min=1):.1%}")
-    title = f"What {dataset.test_split} images are taken for ({accuracy:.2%} right)"
+    title = f"Confusion matrix of the {dataset.test_split} set (accuracy {accuracy:.2%})"
     client.save_figure(figures.confusion(counts, dataset.classes, title), args, "confusion.png")
 
 

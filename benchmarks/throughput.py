@@ -1,9 +1,9 @@
 """Images a second in training and evaluation, and peak memory: train.py against two baselines, in processes
 of their own that take turns.
 
-"usual" is the assignment as it is usually written: torchvision's Resize, ToTensor and Normalize in a
-DataLoader, fp32. "tuned" resizes batches on the device, channels last, in the precision that train.py would
-choose. Also what micro-batches, the live page and a second process change.
+The baseline is the assignment as it is usually written: torchvision's Resize, ToTensor and Normalize in a
+DataLoader, fp32. The tuned baseline resizes batches on the device, channels last, in the precision that
+train.py would choose. Also what micro-batches, the live page and a second process change.
 
 python -m benchmarks.throughput"""
 
@@ -46,7 +46,7 @@ def median_rate(moments):
 
 
 def baseline(device, size, steps, workers, tuned):
-    """(images a second in training, in evaluation, peak GB) of the usual pipeline, or of the `tuned` one."""
+    """(images a second in training, in evaluation, peak GB) of the baseline, or of the `tuned` one."""
     device = torch.device(device)  # without what `select_device` sets
     normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     resize = [] if tuned else [transforms.Resize(size)]
@@ -71,7 +71,7 @@ def baseline(device, size, steps, workers, tuned):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            loss.item(), (logits.argmax(1) == labels).sum().item()  # for the running means, as usual
+            loss.item(), (logits.argmax(1) == labels).sum().item()  # for the running means
             moments.append(time.perf_counter())
         rates.append(median_rate(moments))
     return *rates, peak_memory(device)
@@ -94,7 +94,8 @@ def project(device, size, steps, micro_batches=1, page=False):
         began = time.perf_counter()
         train.evaluate(run.model, images, labels, size, settings)
         evaluation = len(images) / (time.perf_counter() - began)
-    return median_rate(run.history["clock"][:-1]), evaluation, peak_memory(device)
+    moments = run.history["clock"][:-1]  # the last step's result is read at once
+    return median_rate(moments), evaluation, peak_memory(device)
 
 
 def peak_memory(device):
@@ -151,11 +152,11 @@ def main(argv=None):
             runs.append((baseline, max(jobs, key=lambda each: measure(baseline, **each)[0])))
         runs.append((project, job))
         results = np.array([[measure(pipeline, **options) for pipeline, options in runs] for _ in rounds])
-        usual, tuned, new = np.median(results, 0)  # of [rounds, runs, parts]
-        print(f"\n{f'{size} px':<22}{'usual':<24}{'tuned':<24}{'project':<24}project against each")
+        plain, tuned, new = np.median(results, 0)  # of [rounds, runs, parts]
+        print(f"\n{f'{size} px':<22}{'baseline':<24}{'tuned baseline':<24}{'project':<24}against each")
         for i, part in enumerate(("training   images/s", "evaluation images/s", "memory     peak GB")):
             columns = "".join(spread(values) for values in results[:, :, i].T)
-            print(f"  {part:<20}{columns}{new[i] / usual[i]:.2f}×, {new[i] / tuned[i]:.2f}×", flush=True)
+            print(f"  {part:<20}{columns}{new[i] / plain[i]:.2f}×, {new[i] / tuned[i]:.2f}×", flush=True)
     print(f"\ntrain.py at {size} px with a change, against it without:")
     changes = [("micro_batches", 2), ("micro_batches", 4), ("page", True), ("processes", 2)]
     for name, value in changes if device.type == "cpu" else changes[:-1]:

@@ -16,6 +16,7 @@ def atomic_write(path):
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -46,10 +47,9 @@ def cached(path, fingerprint, compute):
         pass
     content = compute() | dict(fingerprint=fingerprint)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         save(content, path)
-    except (UserError, OSError) as error:
-        print(f"it will be computed again the next time: {error}")
+    except UserError as error:
+        print(f"could not cache this, so the next run computes it again: {error}")
     return content
 
 

@@ -1,5 +1,5 @@
 """How every script starts and ends: flags that mean the same everywhere, one line for an error that the user
-can mend, and stop signals."""
+can fix, and stop signals."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message names the thing and the way out."""
+    """Something that the user can fix; the message names the thing and the way out."""
 
 
 def out_of_memory(error):
@@ -69,7 +69,7 @@ class _TolerantStream:
 
 @contextlib.contextmanager
 def ignore_output_errors():
-    """Within it, a log on a full disk or a reader that has gone loses lines, but ends nothing."""
+    """Context manager: output that cannot be written (a full disk, a closed pipe) is dropped."""
     out, err = _TolerantStream(sys.stdout), _TolerantStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
@@ -98,14 +98,14 @@ FLAGS = {
         "cifar10 without a run the reference network in weights/)"),
     "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "
         "(default: 0)"),
-    "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; or "
-        "strongest:K, the K with the highest mean activation (default: %(default)s)"),
+    "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
+        "for an image also strongest:K, by mean activation (default: %(default)s)"),
     "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "
         "the signal back (default: guided)"),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),
     "port": dict(type=number(int, 1, 65535), default=8097, metavar="N", help="port of the visdom page "
         "(default: 8097)"),
-    "device": dict(default="auto", help="cuda, mps or cpu (default: the first that is there)"),
+    "device": dict(default="auto", help="cuda, mps or cpu (default: the first available)"),
 }  # fmt: skip
 
 
@@ -132,8 +132,8 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def stop_signals(answer="stopping as soon as this step or evaluation is done …"):
-    """Within it, Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it yields, and
-    print the `answer`. The same one again interrupts at once."""
+    """Context manager: Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it
+    yields, and print the `answer`. The same one again interrupts at once."""
     received = []
 
     def receive(number, frame):

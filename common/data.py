@@ -101,7 +101,7 @@ def _archive(root):
 
     def tensors(split):
         images, labels = torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
-        rank = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of an image within its class
+        rank = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # 1 for the first of its class …
         order = (rank * len(CIFAR10_CLASSES) + labels).argsort()
         return images[order], labels[order]
 
@@ -130,7 +130,7 @@ def _image_folders(root):
     decoded = checkpoint.cached(root / "decoded.pt", fingerprint, decode)
     tensors = (decoded[field] for field in Dataset._fields[:4])
     extensions = sorted({path.suffix[1:].lower() for path in paths})
-    return Dataset(*tensors, CIFAR10_CLASSES, f"CIFAR-10 as {' and '.join(extensions)} images")
+    return Dataset(*tensors, CIFAR10_CLASSES, f"CIFAR-10, {' and '.join(extensions)} files")
 
 
 def _list_images(folder):
@@ -159,7 +159,7 @@ def read_image(path):
     except FileNotFoundError:
         raise UserError(f"no image {path}: name an image file or the number of a test image")
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): mend, replace or remove it")
+        raise UserError(f"{path} cannot be read as an image ({error}): fix, replace or remove it")
     return _to_square(image)
 
 

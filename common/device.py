@@ -13,8 +13,8 @@ def select_device(name):
     """The torch device of that name, or for "auto" the accelerator that PyTorch finds (cuda or mps), else the
     cpu. Also sets what makes it fast. Raises `UserError` if there is no such device."""
     counts = {"cpu": 1}
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator and accelerator.type in ("cuda", "mps"):
         counts = {accelerator.type: torch.get_device_module(accelerator).device_count()} | counts
     try:
         device = torch.device(next(iter(counts)) if name == "auto" else name)

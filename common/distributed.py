@@ -1,5 +1,5 @@
 """Many processes that train one network, as torchrun starts them: on one machine or on several. Without
-torchrun there is one process, and all of this does nothing."""
+torchrun there is one process, and every function here does nothing."""
 
 import contextlib
 import os
@@ -21,8 +21,7 @@ PEER_LOST = "another process is gone, torchrun tells which"
 
 @contextlib.contextmanager
 def process_group(device):
-    """Within it the processes are connected, and only the first one prints to stdout. Raises `UserError` when
-    another one is gone."""
+    """Context manager: connects the processes; only the first prints. Raises `UserError` when one is gone."""
     if WORLD_SIZE == 1:
         yield
         return
@@ -58,7 +57,7 @@ def data_parallel(model, sync_bn=False):
 
 
 def sync_gradients(model, enabled):
-    """A context for a forward and a backward pass, which sums gradients over the processes if `enabled`."""
+    """A context for a forward and a backward pass: gradients are averaged over the processes if `enabled`."""
     return contextlib.nullcontext() if enabled or WORLD_SIZE == 1 else model.no_sync()
 
 
@@ -107,7 +106,7 @@ def broadcast_buffers(model):
 
 @contextlib.contextmanager
 def local_main_first():
-    """Within it the first process of each machine is alone: it downloads and decodes for the others."""
+    """Context manager: the first process of each machine goes first, to download and decode for all."""
     if LOCAL_RANK:
         all_reduce_max(0)
     yield

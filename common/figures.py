@@ -84,7 +84,7 @@ def grid(cells, columns, title, scale=None, label="", signed=False):
     axes.set_xticks([gap + c * (w + gap) + (w - 1) / 2 for c in across], [f"+{c}" for c in across])
     axes.set_yticks([gap + r * (h + gap) + (h - 1) / 2 for r in down], [r * columns for r in down])
     axes.tick_params(length=0, labelsize=8)
-    axes.set_xlabel("number: that of the row + that of the column", fontsize=8)
+    axes.set_xlabel("number = row label + column label", fontsize=8)
     axes.spines[:].set_visible(False)
     axes.set_title(title)
     if not rgb:
@@ -167,5 +167,5 @@ def confusion(counts, classes, title):
     axes = Figure(figsize=(8, 7), layout="constrained").subplots()
     display = ConfusionMatrixDisplay(counts.numpy(), display_labels=classes)
     display.plot(ax=axes, cmap="Blues", xticks_rotation=45)
-    axes.set(title=title, xlabel="the network says", ylabel="it is")
+    axes.set(title=title, xlabel="predicted class", ylabel="true class")
     return axes.figure

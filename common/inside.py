@@ -40,8 +40,7 @@ def mean_activations(maps):
 
 
 def choose_maps(maps, selection):
-    """The channels of `maps`, [1, channels, h, w], that --map selects: "7", "7,43", or "strongest:3", the
-    three with the highest mean activation. Raises `UserError`."""
+    """Channels of `maps`, [1, channels, h, w], for --map "7", "7,43", "strongest:3". Raises `UserError`."""
     kind, _, count = selection.partition(":")
     if kind == "strongest" and count.isdecimal() and len(count) < 10 and 0 < int(count) <= maps.shape[1]:
         return mean_activations(maps).argsort(descending=True)[: int(count)].tolist()
@@ -60,7 +59,7 @@ def check_channel(maps, channel):
 def describe_map(maps, layer, channel):
     """A map of `maps`, [1, channels, h, w], in words: which it is, and how strongly it responds."""
     if not maps[0, channel].any():
-        return f"map {channel} of {layer} is silent on this image"
+        return f"map {channel} of {layer} is silent on this image: choose another map"
     return f"map {channel} of {layer}, mean activation {mean_activations(maps)[channel]:.3f}"
 
 

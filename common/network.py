@@ -1,4 +1,4 @@
-"""Opening a trained network, and what it says of an image."""
+"""Opening a trained network, and what it predicts for an image."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """A training run on disk: what it consists of, saving it, resuming it, keeping an earlier one.
 
-Its files are last.pt (all that it takes to go on), weights.pt (all that it takes to look inside), loss.csv,
+Its files are last.pt (all it takes to resume), weights.pt (all it takes to look inside), loss.csv,
 metrics.csv and their curves."""
 
 import contextlib
@@ -25,7 +25,7 @@ FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png last.pt".split()
 
 
 class Run:
-    """A run as far as it is: `model`, `optimizer`, `scaler`, and in `history` what happened, per iteration
+    """The state of a run: `model`, `optimizer`, `scaler`, and in `history` what happened, per iteration
     and per epoch (the rows of metrics.csv). With the seed the history says what comes next, so no other state
     needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on from."""
 
@@ -71,8 +71,9 @@ class Run:
         if self.pending is None:
             return
         (loss, accuracy), rate = self.pending[0].tolist(), self.pending[1]
-        self.pending, number = None, self.iteration + 1
-        self._check(math.isfinite(loss), f"the loss is {loss} in iteration {number}, at rate {rate:.3g}")
+        self.pending = None
+        problem = f"the loss is {loss} in iteration {self.iteration + 1}, at learning rate {rate:.3g}"
+        self._check(math.isfinite(loss), problem)
         now = time.perf_counter()
         clock = (self.history["clock"] or [0.0])[-1] + now - self.mark
         for key, value in dict(clock=clock, rate=rate, accuracy=accuracy, loss=loss).items():
@@ -106,7 +107,7 @@ class Run:
         state = self.model.state_dict()
         halves = {name: t.half() if t.ndim > 1 else t for name, t in state.items()}  # not batch norms
         finite = all(bool(tensor.isfinite().all()) for tensor in halves.values())
-        rate = f", at rate {history['rate'][-1]:.3g}" if history["rate"] else ""
+        rate = f", at learning rate {history['rate'][-1]:.3g}" if history["rate"] else ""
         self._check(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
         if distributed.RANK:
             return  # the first process writes
@@ -133,8 +134,7 @@ class Run:
 
     @contextlib.contextmanager
     def explain_failures(self, micro_batches):
-        """Makes memory that is refused to a batch in so many `micro_batches`, and another process that is
-        gone, a `UserError`."""
+        """Context manager: turns refused memory and a lost process into a `UserError` with the way out."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -172,8 +172,8 @@ class Run:
 
 @contextlib.contextmanager
 def locked(out):
-    """Within it no other run can write to the folder `out`. Removes what a run left that was killed while it
-    saved. Raises `UserError` if another run is writing there."""
+    """Context manager: keeps other runs from writing to `out`, and removes the temporary files of a killed
+    save. Raises `UserError` if another run is writing there."""
     lock = filelock.FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -209,8 +209,7 @@ def archive_previous(out):
 
 
 def load_for_resume(args):
-    """The checkpoint of the run in --out. Raises `UserError` where there is none, or where the flags ask for
-    another run than that."""
+    """The checkpoint of the run in --out. Raises `UserError` if there is none, or if flags contradict it."""
     path = args.out / "last.pt"
     if not path.is_file():
         raise UserError(f"no run to resume in {args.out}: --out names the folder of one")

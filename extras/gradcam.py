@@ -28,8 +28,8 @@ def main(argv=None):
     network, image, name, x = from_flags(args)
     probabilities = network.model(x)[0].softmax(0)
     order = probabilities.argsort(descending=True).tolist()
-    for unknown in set(args.names) - set(network.classes):
-        raise cli.UserError(f"no class {unknown!r}: --class takes {', '.join(network.classes)}")
+    if unknown := set(args.names) - set(network.classes):
+        raise cli.UserError(f"no class {unknown.pop()!r}: --class takes {', '.join(network.classes)}")
     others = [network.classes.index(other) for other in args.names] or order[1:2]
     labels = list(dict.fromkeys([order[0], *others]))
     captions = [f"for {network.classes[n]} (probability {probabilities[n]:.1%})" for n in labels]

@@ -1,5 +1,5 @@
-"""Does a reconstruction tell about the network? The same pattern from the trained network and from ones whose
-stages are randomised, one more at a time from the top down: if it stays, it tells about the image only
+"""Does a reconstruction depend on the network? The same pattern from the trained network and from ones whose
+stages are randomised, one more at a time from the top down: if it stays, it depends on the image only
 (Adebayo et al. 2018, https://arxiv.org/abs/1810.03292).
 
 python -m extras.sanity_check --layer conv5_x"""
@@ -46,7 +46,7 @@ def main(argv=None):
     (maps,) = inside.feature_maps(network.model, x, args.layer)
     for channel in inside.choose_maps(maps, args.map):
         if not maps[0, channel].any():
-            raise cli.UserError(f"{inside.describe_map(maps, args.layer, channel)}: choose another")
+            raise cli.UserError(inside.describe_map(maps, args.layer, channel))
         figure = compare(network.model, x, args.layer, channel, name)
         save_figure(figure, args, f"sanity_{args.layer}_map{channel}.png")
 

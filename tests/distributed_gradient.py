@@ -10,7 +10,7 @@ from common import data, distributed
 from MyResnet import ResNet18
 
 
-def gradient(parts):
+def gradient(micro_batches):
     """The gradients of all weights, in float64, and [loss, accuracy], of a batch of 14 noisy images; batch
     norms do not look at the batch."""
     torch.manual_seed(0)
@@ -21,14 +21,14 @@ def gradient(parts):
     network = ResNet18().double().eval()
     model = distributed.data_parallel(network)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    result = train.backward(model, images, labels, batch, 40, settings, scaler, parts)
+    result = train.backward(model, images, labels, batch, 40, settings, scaler, micro_batches)
     return [p.grad for p in network.parameters()], result
 
 
 if __name__ == "__main__":
     torch.Tensor.float = torch.Tensor.double  # the training step makes its numbers float32 by this
     with distributed.process_group(torch.device("cpu")):
-        results = gradient(parts=int(sys.argv[2]))
+        results = gradient(micro_batches=int(sys.argv[2]))
         logits = distributed.all_gather(
             distributed.shard(torch.arange(7.0)), 7
         )  # fewer for some than for others

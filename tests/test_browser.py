@@ -92,7 +92,7 @@ def test_training_page_has_every_pane_and_grows(page, start):
     flags = "--dataset digits --limit 512 --batch-size 32 --size 32 --epochs 40 --device cpu --precision fp32"
     page.goto(start(ROOT / "train.py", *flags.split()))
     curves = {"Train Loss", "Validation Accuracy", "Learning Rate", "Speed"}
-    wanted = curves | {"Run", "Confusion", "Most wrongly sure"}
+    wanted = curves | {"Run", "Confusion", "Most confident mistakes"}
     page.wait_for_function(
         f"() => document.querySelectorAll('.window').length >= {len(wanted)}", timeout=60_000
     )

@@ -43,7 +43,9 @@ def assert_same(one, other):
 
 
 def test_gradient_in_parts_is_that_of_the_batch(double):
-    assert_same(distributed_gradient.gradient(parts=3), distributed_gradient.gradient(parts=1))
+    assert_same(
+        distributed_gradient.gradient(micro_batches=3), distributed_gradient.gradient(micro_batches=1)
+    )
 
 
 @pytest.mark.parametrize("processes, parts", [(2, 2), (3, 1)])  # 14 images: 7 + 7 in two parts, and 5 + 5 + 4
@@ -57,7 +59,7 @@ def test_gradient_of_many_is_that_of_one(processes, parts, double, free_port, tm
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 0, error
     *results, logits = torch.load(tmp_path / "gradient.pt", weights_only=True)
-    assert_same(results, distributed_gradient.gradient(parts=1))
+    assert_same(results, distributed_gradient.gradient(micro_batches=1))
     assert logits.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 

@@ -72,7 +72,7 @@ def test_top_pictures_are_the_strongest(network):
         torch.testing.assert_close(values, at, rtol=1e-4, atol=1e-5)
 
 
-def test_top_pictures_are_remembered_for_the_same_network_and_images(network, tmp_path, monkeypatch):
+def test_top_pictures_are_cached_for_the_same_network_and_images(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls, real = [], top_pictures.strongest
     monkeypatch.setattr(top_pictures, "strongest", lambda *args: calls.append(1) or real(*args))

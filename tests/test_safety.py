@@ -188,7 +188,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     message = capsys.readouterr().err.strip().splitlines()[-1]
     kept = len(last(tmp_path)["history"]["loss"])
     assert "not finite" in message or "the loss is" in message
-    assert "at rate" in message or "after iteration" in message
+    assert "at learning rate" in message or "after iteration" in message
     assert f"{tmp_path}/last.pt has iteration {kept}, from before" in message and "lower --lr" in message
     assert all(tensor.isfinite().all() for tensor in last(tmp_path)["model"].values())
 
@@ -208,7 +208,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys
         start(tmp_path, "--epochs", "3")
     assert stop.value.code == 2
     assert (
-        "weights are not finite after iteration 6, at rate 0.0556: the run stops" in capsys.readouterr().err
+        "weights are not finite after iteration 6, at learning rate 0.0556: the run stops"
+        in capsys.readouterr().err
     )
     saved = last(tmp_path)
     assert len(saved["history"]["loss"]) == STEPS
@@ -268,7 +269,7 @@ def test_folder_of_a_run_is_its_own(tmp_path, capsys):
 
 
 def test_tables_are_whole_when_the_disk_is_full(tmp_path, monkeypatch):
-    """csv.writer's output goes through `replacing` too."""
+    """csv.writer's output goes through `atomic_write` too."""
     start(tmp_path, "--epochs", "1")
     before = {name: (tmp_path / name).read_bytes() for name in ("loss.csv", "metrics.csv")}
     real = checkpoint.atomic_write

@@ -222,7 +222,7 @@ def test_sizes_follow_their_shares_and_end_at_the_last():
             assert len(sizes) == epochs and sizes[-1] == 224 and sizes == sorted(sizes)
 
 
-def test_rate_rises_to_its_peak_and_falls_to_nothing():
+def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     settings = dict(lr=0.1, warmup=0.2)
     rates = [train.learning_rate(settings, step / 100) for step in range(101)]
     assert rates[0] == 0 and max(rates) == rates[20] == pytest.approx(0.1) and rates[100] == 0

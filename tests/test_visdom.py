@@ -150,6 +150,7 @@ def test_server_that_dies_comes_back_with_everything(port, tmp_path, monkeypatch
 def test_server_that_hangs_holds_nothing_up(port, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page, history = make(port, loss=[2.0])
+    page.__enter__()
     wait_for(lambda: panes(port, "mine"))
     os.kill(page.server.pid, signal.SIGSTOP)
     for _ in range(100):
@@ -169,6 +170,7 @@ sys.path[:0] = [{str(Path(Myvisdom.__file__).parent)!r}, {str(Path(__file__).par
 import Myvisdom, test_visdom
 from common.page import client
 page, _ = test_visdom.make({port})
+page.__enter__()
 while not client.is_listening({port}): time.sleep(0.1)
 print(page.server.pid, flush=True)
 os.kill(os.getpid(), 9)

@@ -113,6 +113,5 @@ def ensure():
     contents["version.built"] = visdom.__version__.encode()
     contents[RECORD] = json.dumps(dict(version=visdom.__version__, sizes=sizes)).encode()
     for file, content in contents.items():
-        (STATIC / file).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(STATIC / file) as opened:
             opened.write(content)

@@ -1,5 +1,4 @@
-"""Talking to the visdom server: starting and ending it, connecting, drawing panes. visdom is only imported
-where it is needed: it takes a second, and may not be installed."""
+"""Talking to the visdom server. visdom is imported where needed: it takes a second, and may be missing."""
 
 import base64
 import contextlib
