@@ -26,7 +26,8 @@ SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", "figures/screenshots"))
 PANES = """() => Object.fromEntries([...document.querySelectorAll('.window')].map(pane => [
     [...pane.querySelectorAll('.pull-right')].map(title => title.innerText).join('')
         .replace(/[^A-Za-z ]/g, '').trim(),
-    [...pane.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data).map(trace => trace.y.length),
+    [...pane.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.calcdata.map(  // what is drawn
+        (points, i) => plot.data[i].type == 'heatmap' ? points[0].z.length : points.length)),
 ]))"""
 
 

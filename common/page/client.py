@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -77,15 +78,15 @@ def connect(port, env, events=False):
 
 
 def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
-    """A pane of plotly traces, called `title`. Sent as visdom's manual says for what its own `line`, `bar`
-    and `heatmap` cannot do: a second axis, one column in another colour, a text under the pointer."""
+    """A pane of plotly traces, called `title`: visdom's own `bar` and `heatmap` lack what ours need."""
     legend = len(traces) > 1
     layout = dict(margin=dict(l=52, r=14, t=30 if legend else 10, b=40), showlegend=legend) | layout
     layout["legend"] = dict(orientation="h", x=0, y=1, yanchor="bottom", bgcolor="rgba(0, 0, 0, 0)")
     for axis, text in (("xaxis", x), ("yaxis", y)):
         layout[axis] = dict(title=text) | layout.get(axis, {})
-    opts = dict(title=title, width=size[0], height=size[1])
-    client._send(dict(data=traces, layout=layout, win=title, eid=client.env, opts=opts))
+    message = dict(data=traces, layout=layout, win=title, eid=client.env)
+    message["opts"] = dict(title=title, width=size[0], height=size[1])
+    client._send(message | dict(version=time.time()))  # visdom 0.3 draws again only what has another version
 
 
 def draw_bars(client, title, values, label, marked, size, **layout):
