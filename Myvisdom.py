@@ -96,8 +96,8 @@ class Page:
         speed = self.settings["batch_size"] * stride / np.diff(clock[::stride]).clip(1e-9)
 
         def line(x, y, name, **options):
-            shown = slice(None, None, max(1, len(x) // 2000))  # enough points for any screen
-            points = dict(x=x[shown].tolist(), y=y[shown].tolist())
+            thinned = slice(None, None, max(1, len(x) // 2000))  # enough points for any screen
+            points = dict(x=x[thinned].tolist(), y=y[thinned].tolist())
             return dict(points, name=name, type="scatter", mode="lines", **options)
 
         # Colours are left to plotly, which gives others to another run that one compares this with.

@@ -369,7 +369,7 @@ def start_or_resume(args, device):
         page = page_class(run.history, page_settings, dataset.classes, run.steps, args.port)
         signal_number = train(run, dataset, page, args.save_every, args.accumulate, args.sync_bn)
     if signal_number:
-        print(f"stopped and saved; it goes on with: {resume_command(args)}")
+        print(f"stopped and saved; resume with: {resume_command(args)}")
         return 128 + signal_number
     for split in "training", dataset.test_split:
         report_accuracy(run.model, dataset, split, sizes[-1], settings)

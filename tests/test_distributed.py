@@ -50,12 +50,12 @@ def test_gradient_in_parts_is_that_of_the_batch(double):
 
 @pytest.mark.parametrize("processes, parts", [(2, 2), (3, 1)])  # 14 images: 7 + 7 in two parts, and 5 + 5 + 4
 def test_gradient_of_many_is_that_of_one(processes, parts, double, free_port, tmp_path):
-    command, meet = (
+    command, environment = (
         (distributed_gradient.__file__, tmp_path / "gradient.pt", parts),
         dict(MASTER_ADDR="127.0.0.1"),
     )
-    meet |= dict(MASTER_PORT=str(free_port), WORLD_SIZE=str(processes))  # as torchrun sets them
-    for process in [start(*command, RANK=str(rank), **meet) for rank in range(processes)]:
+    environment |= dict(MASTER_PORT=str(free_port), WORLD_SIZE=str(processes))  # as torchrun sets them
+    for process in [start(*command, RANK=str(rank), **environment) for rank in range(processes)]:
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 0, error
     *results, logits = torch.load(tmp_path / "gradient.pt", weights_only=True)

@@ -119,7 +119,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
     signal.signal(signal.SIGHUP, hangup)
     assert len(steps) == step  # this step was finished, and no other begun
     printed = capsys.readouterr().out
-    assert f"goes on with: python train.py --resume --out {parts} --dataset digits" in printed
+    assert f"resume with: python train.py --resume --out {parts} --dataset digits" in printed
     assert not train.main([*printed.split("train.py ")[1].split(), "--no-visdom"])
     assert same(weights(whole), weights(parts))
     for name in ("loss.csv", "metrics.csv"):
@@ -129,10 +129,12 @@ def test_stopped_and_resumed_is_as_never_stopped(
 
 
 def test_bar_tells_loss_and_time_left_while_every_step_is_saved(tmp_path, small_network, monkeypatch):
-    said = []
-    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text, refresh: said.append(text))
+    postfixes = []
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text, refresh: postfixes.append(text))
     start(tmp_path, "--epochs", "1", "--save-every", "0")
-    assert len(said) == 2 and all(re.fullmatch(r"loss \S+, accuracy \S+%, run 00:0\d left", s) for s in said)
+    assert len(postfixes) == 2 and all(
+        re.fullmatch(r"loss \S+, accuracy \S+%, run 00:0\d left", s) for s in postfixes
+    )
 
 
 def test_checkpoint_of_before_the_renaming_is_resumed_and_opened(tmp_path, small_network, capsys):
@@ -288,10 +290,10 @@ def test_loss_curve_smooths():
 
 
 def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch, small_network):
-    said, real, path = [], train.evaluate, tmp_path / "weights.pt"
+    saved_sizes, real, path = [], train.evaluate, tmp_path / "weights.pt"
 
     def evaluate(model, images, labels, size, *rest):
-        said.append(torch.load(path, weights_only=True)["size"] if path.exists() else None)
+        saved_sizes.append(torch.load(path, weights_only=True)["size"] if path.exists() else None)
         return real(model, images[:4], labels[:4], size, *rest)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
@@ -299,7 +301,7 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch, 
     train.main([*flags.split(), "--out", str(tmp_path)])
     first = next(iter(train.RECIPES["fast"]["sizes"]))
     # asked when the first epoch is evaluated; the second; then each set at the end
-    assert said == [None, first, 224, 224]
+    assert saved_sizes == [None, first, 224, 224]
     with open(tmp_path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["last_size_accuracy"] == "" and rows[1]["last_size_accuracy"] == rows[1]["test_accuracy"]
