@@ -179,8 +179,8 @@ class ProgressBar:
 
     def __init__(self, run, page):
         self.run, self.page = run, page
-        pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of each iteration: so long it takes
-        self.work = np.append(0, pixels.cumsum())  # that is done after so many iterations
+        pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration, a measure of its time
+        self.work = np.append(0, pixels.cumsum())  # done after 0, 1, 2, … iterations
         self.first, self.began = run.iteration, time.time()
 
     def epoch(self, epoch, first):

@@ -11,8 +11,8 @@ from common.cli import UserError
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file to write: at every instant `path` is the whole old file or the whole new one. Raises
-    `UserError` if it cannot be written."""
+    """A binary file to write, in a folder that is made if need be: at every instant `path` is the whole old
+    file or the whole new one. Raises `UserError` if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,7 +38,7 @@ def save(content, path):
 
 def cached(path, fingerprint, compute):
     """What `compute()`, a dictionary, gave for this `fingerprint`: from the file `path`, or else computed and
-    saved there, which may fail."""
+    saved there. A save that fails is reported, not raised."""
     try:
         content = load(path)
         if content["fingerprint"] == fingerprint:
