@@ -130,7 +130,7 @@ def spread(values):
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "device")
-    add, sizes = parser.add_argument, sorted(train.RECIPES["fast"]["sizes"], reverse=True)
+    add, sizes = parser.add_argument, sorted(train.RECIPES["standard"]["sizes"], reverse=True)
     add("--sizes", type=cli.number(int, 32, 1024), nargs="+", default=sizes, metavar="PX")
     add("--steps", type=cli.number(int, 6), default=10, metavar="N", help="of 128 images (default: 10)")
     add("--rounds", type=cli.number(int, 1), default=3, metavar="N", help="of each measurement (default: 3)")

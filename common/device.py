@@ -50,10 +50,12 @@ def select_precision(name, device):
     return "fp32"
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device, precision):
     """The context in which the network computes with that precision."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def memory_format(device):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common import checkpoint, cli, distributed, figures
 from common.cli import UserError
 from common.device import memory_format
+from common.muon import Muon
 from MyResnet import ResNet18
 
 FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png last.pt".split()
@@ -36,17 +37,13 @@ class Run:
         self.steps = len(dataset.train_images) // self.batch_size  # in an epoch
         torch.manual_seed(settings["seed"])
         self.model = ResNet18(len(dataset.classes)).to(device, memory_format=memory_format(device))
-        weights = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim == 1]  # of batch norms, and fc's bias
-        groups = [dict(params=weights, weight_decay=settings["weight_decay"]), dict(params=others)]
-        options = {key: settings[key] for key in ("lr", "momentum", "nesterov")}
-        self.optimizer = torch.optim.SGD(groups, **options)
+        self.optimizers = self._optimizers()
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)
         if saved:
             try:
-                for part in "model", "optimizer", "scaler":
-                    getattr(self, part).load_state_dict(saved[part])
+                for name, part in self._states().items():
+                    part.load_state_dict(saved[name])
                 self.history |= saved["history"]
             except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
                 raise UserError(f"{self.last} is of another network, or damaged: start anew in another --out")
@@ -54,6 +51,31 @@ class Run:
         self.pending = None  # the latest step's result and learning rate, while they are on the device
         self.saved_at = time.time()  # history["seconds"], those of the unfinished epoch, are up to then
         self.mark = time.perf_counter()  # history["clock"], the seconds of training, is up to then
+
+    def _optimizers(self):
+        """SGD for all weights, or Muon for the convolutions and SGD for the others, by their key in a
+        checkpoint. Runs from before Muon came have no setting for it."""
+        settings, parameters = self.settings, list(self.model.parameters())
+        muon = [p for p in parameters if p.ndim == 4] if settings.get("muon_lr_factor") else []
+        weights = [p for p in parameters if p.ndim == 2 or p.ndim == 4 and not muon]
+        others = [p for p in parameters if p.ndim == 1]  # of batch norms, and fc's bias
+        groups = [dict(params=weights, weight_decay=settings["weight_decay"]), dict(params=others)]
+        options = {key: settings[key] for key in ("lr", "momentum", "nesterov")}
+        optimizers = dict(optimizer=torch.optim.SGD(groups, **options))
+        if muon:
+            optimizers["muon"] = Muon(muon, settings["lr"], settings["momentum"], settings["precision"])
+        return optimizers
+
+    def _states(self):
+        """What a checkpoint holds the state of, by its key there."""
+        return dict(model=self.model, scaler=self.scaler) | self.optimizers
+
+    def set_learning_rate(self, lr):
+        """Sets the optimizers' learning rates: SGD's to `lr`, Muon's to its multiple of that."""
+        for name, optimizer in self.optimizers.items():
+            factor = self.settings["muon_lr_factor"] if name == "muon" else 1
+            for group in optimizer.param_groups:
+                group["lr"] = factor * lr
 
     @property
     def iteration(self):
@@ -105,7 +127,9 @@ class Run:
         history["seconds"] += now - self.saved_at
         self.saved_at = now
         state = self.model.state_dict()
-        halves = {name: t.half() if t.ndim > 1 else t for name, t in state.items()}  # not batch norms
+        halves = {
+            name: t.cpu().half() if t.ndim > 1 else t.cpu() for name, t in state.items()
+        }  # not batch norms
         finite = all(bool(tensor.isfinite().all()) for tensor in halves.values())
         rate = f", at learning rate {history['rate'][-1]:.3g}" if history["rate"] else ""
         self._check(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
@@ -114,7 +138,7 @@ class Run:
         network = self.about | dict(model=state, mean=self.settings["mean"], std=self.settings["std"])
         network["size"] = sizes[max(0, self.iteration - 1) // self.steps]  # the last it was trained at
         network["accuracy"] = history["epochs"][-1]["test_accuracy"] if history["epochs"] else None
-        states = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        states = {name: part.state_dict() for name, part in self._states().items()}
         try:
             checkpoint.save(network | states | dict(history=history), self.last)
             self.saved_iteration = self.iteration

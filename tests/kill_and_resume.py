@@ -54,6 +54,7 @@ def end_of(out):
     """What a run ended with, by name, tensors as bytes; tables as rows, without an epoch's seconds."""
     saved = checkpoint.load(out / "last.pt")
     momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
+    momenta += [state["momentum"] for state in saved["muon"]["state"].values()]
     epochs = [row.rsplit(",", 1)[0] for row in (out / "metrics.csv").read_text().splitlines()]
     return {
         "weights": [tensor.numpy().tobytes() for tensor in saved["model"].values()],

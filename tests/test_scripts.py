@@ -100,7 +100,7 @@ def test_reference_network_is_whole_small_and_of_the_default_recipe():
     saved = torch.load(REFERENCE, weights_only=True)
     assert {"model", "mean", "std", "settings", "accuracy", "source", "classes", "size"} <= saved.keys()
     assert saved["size"] == 224 and saved["accuracy"] > 0.88 and saved["classes"] == data.CIFAR10_CLASSES
-    recipe = train.RECIPES["fast"]
+    recipe = train.RECIPES["standard"]
     sizes = train.sizes_by_epoch(recipe["sizes"], recipe["epochs"])
     assert saved["settings"].items() >= (recipe | dict(sizes=sizes)).items()
     theirs = torchvision.models.resnet18(num_classes=10)

@@ -12,6 +12,7 @@ import torch
 import train
 from common import data, device
 from common.device import select_precision
+from common.muon import Muon
 
 SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
 
@@ -137,8 +138,9 @@ def test_bar_tells_loss_and_time_left_while_every_step_is_saved(tmp_path, small_
     )
 
 
-def test_checkpoint_of_before_the_renaming_is_resumed_and_opened(tmp_path, small_network, capsys):
+def test_checkpoint_of_before_muon_is_resumed_and_opened(tmp_path, small_network, monkeypatch):
     """The keys that runs on people's disks have: as a dictionary, not as today's code writes it."""
+    monkeypatch.setitem(train.RECIPES["standard"], "muon_lr_factor", None)
     settings = dict(
         recipe="fast", dataset="digits", epochs=2, batch_size=64, sizes=[32, 32], lr=0.1, warmup=0.2,
         momentum=0.9, nesterov=True, weight_decay=5e-4, label_smoothing=0.1, shift=4, flip=False,
@@ -158,7 +160,7 @@ def test_checkpoint_of_before_the_renaming_is_resumed_and_opened(tmp_path, small
         settings=settings, model=new["model"], mean=settings["mean"], std=settings["std"], accuracy=0.125,
         optimizer=new["optimizer"], scaler={}, history=history,
     )  # fmt: skip
-    assert old.keys() == new.keys() and settings.keys() == new["settings"].keys()  # and today's are the same
+    assert old.keys() == new.keys() and settings.keys() | {"muon_lr_factor"} == new["settings"].keys()
     assert history.keys() == new["history"].keys() and list(row) == list(new["history"]["epochs"][0])
     (tmp_path / "old").mkdir()
     torch.save(old, tmp_path / "old/last.pt")
@@ -236,6 +238,7 @@ def test_assignment_recipe_is_the_reports():
     args = train.parse(["--recipe", "assignment"])
     settings = train.new_settings(args, torch.device("cpu"))
     expected = dict(epochs=25, batch_size=128, sizes=[224] * 25, lr=0.01, momentum=0.9, flip=False, shift=0)
+    expected |= dict(muon_lr_factor=None, weight_decay=0.0, label_smoothing=0.0)
     assert expected.items() <= settings.items()
     assert settings["mean"] == settings["std"] == (0.5, 0.5, 0.5)
 
@@ -252,8 +255,14 @@ def test_weight_decay_is_on_weights_only(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "SGD", sgd)
     start(tmp_path, "--epochs", "1")
     assert optimizer_options == dict(lr=0.1, momentum=0.9, nesterov=True)
-    decayed, others = (group["params"] for group in groups)
+    decayed, others = (group["params"] for group in groups[:2])
     assert groups[0]["weight_decay"] == 5e-4 and groups[1].get("weight_decay", 0) == 0
+    assert [p.ndim for p in decayed] == [2] and len(others) == 41  # fc; batch norms and fc's bias
+    assert {p.ndim for p in others} == {1}
+
+    monkeypatch.setitem(train.RECIPES["standard"], "muon_lr_factor", None)
+    start(tmp_path, "--epochs", "1")
+    decayed, others = (group["params"] for group in groups[2:])
     assert len(decayed) == 21 and len(others) == 41  # 20 convolutions and fc; the rest
     assert {p.ndim for p in decayed} == {2, 4} and {p.ndim for p in others} == {1}
 
@@ -297,11 +306,11 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch, 
         return real(model, images[:4], labels[:4], size, *rest)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    flags = "--dataset digits --limit 8 --batch-size 4 --epochs 2 --no-visdom --device cpu --precision fp32"
+    flags = "--dataset digits --recipe quick --limit 8 --batch-size 4 --epochs 2 --no-visdom --device cpu "
+    flags += "--precision fp32"
     train.main([*flags.split(), "--out", str(tmp_path)])
-    first = next(iter(train.RECIPES["fast"]["sizes"]))
     # asked when the first epoch is evaluated; the second; then each set at the end
-    assert saved_sizes == [None, first, 224, 224]
+    assert saved_sizes == [None, 128, 224, 224]
     with open(tmp_path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["last_size_accuracy"] == "" and rows[1]["last_size_accuracy"] == rows[1]["test_accuracy"]
@@ -311,7 +320,7 @@ def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch, sm
     monkeypatch.setattr(
         train, "evaluate", lambda model, images, labels, size, *rest: (size / 10, size / 1000, None)
     )
-    monkeypatch.setitem(train.RECIPES["fast"], "sizes", {32: 0.75, 40: 0.25})
+    monkeypatch.setitem(train.RECIPES["standard"], "sizes", {32: 0.75, 40: 0.25})
     flags = "--dataset digits --limit 8 --batch-size 4 --epochs 4 --no-visdom --device cpu --precision fp32"
     train.main([*flags.split(), "--out", str(tmp_path)])
     with open(tmp_path / "metrics.csv") as file:
@@ -321,27 +330,32 @@ def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch, sm
 
 
 def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch, small_network):
-    used, real_step, real_loss = [], torch.optim.SGD.step, torch.nn.functional.cross_entropy
+    used, real_loss = {}, torch.nn.functional.cross_entropy
     smoothing = []
 
-    def step(self, *args):
-        used.append({group["lr"] for group in self.param_groups})
-        return real_step(self, *args)
+    def noting(optimizer, real_step):
+        def step(self, *args):
+            used.setdefault(optimizer, []).append({group["lr"] for group in self.param_groups})
+            return real_step(self, *args)
+
+        monkeypatch.setattr(optimizer, "step", step)
 
     def loss(logits, labels, **options):
         smoothing.append(options.get("label_smoothing"))
         return real_loss(logits, labels, **options)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    for optimizer in torch.optim.SGD, Muon:
+        noting(optimizer, optimizer.step)
     monkeypatch.setattr(train.F, "cross_entropy", loss)
     start(tmp_path, "--epochs", "2", "--lr", "0.5")
     with open(tmp_path / "loss.csv") as file:
         noted = [float(row["rate"]) for row in csv.DictReader(file)]
     settings = dict(lr=0.5, warmup=0.2)
     expected = [train.learning_rate(settings, i / 6) for i in range(6)]
-    assert noted == pytest.approx(expected, rel=1e-4) and [list(rates) for rates in used] == [
-        [pytest.approx(rate)] for rate in expected
-    ]
+    assert noted == pytest.approx(expected, rel=1e-4)
+    for optimizer, factor in (torch.optim.SGD, 1), (Muon, train.STANDARD["muon_lr_factor"]):
+        rates = [rate for (rate,) in used[optimizer]]
+        assert rates == pytest.approx([factor * rate for rate in expected])
     assert [value for value in smoothing if value is not None] == [0.1] * 6
 
 

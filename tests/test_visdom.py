@@ -408,7 +408,7 @@ def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
     (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")  # with the time it began
     saved = json.loads(file.read_text())["jsons"]
     assert len(points(saved["Train Loss"])) == len(points(saved["Validation Accuracy"])) == 1
-    assert "finished" in saved["Run"]["content"] and "fast" in saved["Run"]["content"]
+    assert "finished" in saved["Run"]["content"] and "standard" in saved["Run"]["content"]
     told = re.search(r"batch_size</b>&emsp;</td><td>(\d+)<", saved["Run"]["content"])
     assert told[1] == "100"  # all there are, not 128
     assert not client.is_listening(port)
