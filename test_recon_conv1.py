@@ -16,9 +16,10 @@ def main(argv=None):
     (maps,) = inside.feature_maps(network.model, x, LAYER)
     for channel in inside.choose_maps(maps, args.map):
         pattern = inside.reconstruct(network.model, x, LAYER, channel, args.method)
-        figure = figures.reconstruction(image, name, maps, pattern, LAYER, channel, args.method)
+        control = inside.control(network.model, x, pattern, LAYER, channel, args.method)
+        figure = figures.reconstruction(image, name, maps, pattern, LAYER, channel, args.method, control)
         save_figure(figure, args, f"recon_{LAYER}_map{channel}_{args.method}.png")
-        print(inside.describe_map(maps, LAYER, channel))
+        print(f"{inside.describe_map(maps, LAYER, channel)}. {inside.describe_control(LAYER, control[1])}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,31 @@
 
 import itertools
 import math
+import textwrap
 
 import numpy as np
-from matplotlib import rcParams
+from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
 from common import inside
 
 rcParams["text.parse_math"] = False  # titles have names of files in them, which may have $ in them
 
-PATTERN = "the pattern, by {}\n(grey is zero)"  # the caption
+PATTERN = "the pattern, by {}\n(grey is zero, {})"  # the caption
+
+
+def drawable(text):
+    """The text with "?" for each character that the font lacks, as it may in the name of a file or a class."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "?" for c in text)
+
+
+def replace_undrawable(figure):
+    """Makes all texts of a figure `drawable`, but for the labels of ticks."""
+    for text in figure.findobj(Text):
+        text.set_text(drawable(text.get_text()))
 
 
 def show(axes, image, **options):
@@ -26,12 +40,33 @@ def pattern_image(pattern):
     return 0.5 + pattern / (2 * pattern.abs().max().clamp(min=1e-12))
 
 
-def side_by_side(images, captions, title):
+def largest(pattern):
+    """The scale of a `pattern_image`, in words."""
+    return f"full contrast ±{pattern.abs().max():.2g}"
+
+
+def overlay(axes, image, evidence, limit):
+    """Draws `evidence` [h, w] for a class, from 0 to `limit`, over the image, uint8 [3, H, W], in grey; what
+    is below 0 is left out. Returns what a colour bar takes."""
+    show(axes, (image.float().mean(0, keepdim=True) / 255).expand(3, -1, -1))
+    options = dict(cmap="inferno", alpha=0.6, vmin=0, vmax=limit or 1.0, interpolation="bilinear")
+    return axes.imshow(evidence.cpu().numpy(), extent=axes.images[0].get_extent(), **options)
+
+
+def explain(figure, text):
+    """Writes under a figure how to read it, for somebody who has not read the paper; returns the figure."""
+    figure.supxlabel(textwrap.fill(" ".join(text.split()), int(14 * figure.get_figwidth())), fontsize=9)
+    return figure
+
+
+def side_by_side(images, captions, title, rows=1):
     """A figure of `images` side by side, each with its caption below it: [3, H, W] as in `show`, or a feature
-    map [h, w], which gets a colour bar."""
-    figure = Figure(figsize=(3.3 * len(images) + 1.2, 4.3), layout="constrained")
+    map [h, w], which gets a colour bar. `rows` is 2 to leave room for a second, lower row."""
+    figure = Figure(figsize=(3.3 * len(images) + 1.2, 2.6 + 1.7 * rows), layout="constrained")
     figure.suptitle(title)
-    for axes, image, caption in zip(figure.subplots(1, len(images), squeeze=False)[0], images, captions):
+    cells = figure.add_gridspec(rows, len(images), height_ratios=[2, 1][:rows])
+    upper = [figure.add_subplot(cells[0, i]) for i in range(len(images))]
+    for axes, image, caption in zip(upper, images, captions):
         axes.set_xlabel(caption)
         if image.dim() == 3:
             show(axes, image)
@@ -42,28 +77,45 @@ def side_by_side(images, captions, title):
     return figure
 
 
-def reconstruction(image, name, maps, pattern, layer, channel, method):
+def reconstruction(image, name, maps, pattern, layer, channel, method, control):
     """Figures 8.5.1 and 8.5.2: the image, uint8 [3, S, S]; map `channel` of its `maps`, [1, channels, h, w];
-    and the pattern [3, H, W] that the map responded to, by `method`."""
-    captions = name, inside.describe_map(maps, layer, channel), PATTERN.format(inside.METHOD_NAMES[method])
+    the pattern [3, H, W] that the map responded to, by `method`; below, what `inside.control` gave for it."""
+    caption = PATTERN.format(inside.METHOD_NAMES[method], largest(pattern))
+    captions = name, inside.describe_map(maps, layer, channel), caption
     images = image, maps[0, channel], pattern_image(pattern)
-    return side_by_side(images, captions, f"What map {channel} of {layer} responded to")
+    figure = side_by_side(images, captions, f"What map {channel} of {layer} responded to", rows=2)
+    _add_control(figure, layer, *control)
+    return figure
 
 
-def close_up(image, name, pattern, layer, channel, method):
+def _add_control(figure, layer, pattern, correlation):
+    """Draws a control in the lower row of a figure by `side_by_side`, with its verdict; returns its axes."""
+    cells = figure.axes[0].get_subplotspec().get_gridspec()
+    text, axes = figure.add_subplot(cells[1, :-1]), figure.add_subplot(cells[1, -1])
+    meaning = "1 means that the same pixels stand out in both, 0 that they have nothing in common."
+    verdict = textwrap.fill(f"{inside.describe_control(layer, correlation)} {meaning}", 66)
+    text.text(0, 0.6, verdict, va="center")
+    text.set_axis_off()
+    show(axes, pattern_image(pattern))
+    axes.set_xlabel(f"control ({largest(pattern)})")
+    return axes
+
+
+def close_up(image, name, pattern, layer, channel, method, control):
     """As `reconstruction`, of a map's strongest position alone: the image with a frame around what the
-    pattern covers, that part of it enlarged, and the pattern there."""
+    pattern covers, that part of it enlarged, and the pattern there; under it the control there."""
     top, left, bottom, right = inside.smallest_box(pattern)
     height, width = pattern.shape[1:]
     where = f"where 90 % of the pattern is\n({right - left}×{bottom - top} of {width}×{height} px)"
     title = f"What map {channel} of {layer} responded to at its strongest position"
-    captions = name, where, PATTERN.format(inside.METHOD_NAMES[method])
-    figure = side_by_side((image, image, pattern_image(pattern)), captions, title)
+    captions = name, where, PATTERN.format(inside.METHOD_NAMES[method], largest(pattern))
+    figure = side_by_side((image, image, pattern_image(pattern)), captions, title, rows=2)
+    drawn = [*figure.axes, _add_control(figure, layer, *control)]
     frame = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec="red", lw=2)
     figure.axes[0].add_patch(frame)
-    for axes in figure.axes:
+    for axes in drawn:
         axes.images[0].set_extent((-0.5, width - 0.5, height - 0.5, -0.5))  # the image may be smaller
-    for axes in figure.axes[1:]:
+    for axes in drawn[1:]:
         axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
     return figure
 
@@ -117,8 +169,8 @@ def running_mean(losses):
 def loss_curve(losses, title):
     """Figure 6.2: training loss per iteration, faint, under its running mean."""
     axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
-    iterations = np.arange(1, len(losses) + 1)
-    axes.plot(iterations, losses, color="#9db7d5", lw=0.7, label="each iteration")
+    iterations, marker = np.arange(1, len(losses) + 1), "o" if len(losses) == 1 else ""
+    axes.plot(iterations, losses, color="#9db7d5", lw=0.7, marker=marker, label="each iteration")
     window, means = running_mean(losses)
     if window > 1:
         axes.plot(iterations[window - 1 :], means, color="#1f4e8c", label=f"mean of the last {window}")
@@ -165,7 +217,7 @@ def confusion(counts, classes, title):
     from sklearn.metrics import ConfusionMatrixDisplay  # takes a second to import: not at every start
 
     axes = Figure(figsize=(8, 7), layout="constrained").subplots()
-    display = ConfusionMatrixDisplay(counts.numpy(), display_labels=classes)
+    display = ConfusionMatrixDisplay(counts.numpy(), display_labels=[drawable(name) for name in classes])
     display.plot(ax=axes, cmap="Blues", xticks_rotation=45)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
     return axes.figure

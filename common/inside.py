@@ -1,5 +1,6 @@
 """Looking inside a trained network: the feature maps of an image, what they responded to, and where."""
 
+import copy
 from contextlib import ExitStack
 from itertools import combinations
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from common.cli import UserError
+from MyResnet import ResNet18
 
 STAGES = "conv1 conv2_x conv3_x conv4_x conv5_x".split()  # the layers that have feature maps
 
@@ -95,6 +97,54 @@ def reconstruct(model, x, layer, channel, method="guided", unit="map"):
         signal[0, channel].view(-1)[places] = activations[places]
         (pattern,) = torch.autograd.grad(maps, x, signal)
     return pattern[0]
+
+
+def randomize(model, stages, seed=0):
+    """A copy of the network with those stages as before training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, new = copy.deepcopy(model), ResNet18(model.fc.out_features)
+    for stage in stages:
+        model.get_submodule(stage).load_state_dict(new.get_submodule(stage).state_dict())
+    return model.eval()
+
+
+def rank_correlation(pattern, other):
+    """Spearman's, of the magnitudes of two patterns [3, H, W], summed over the colours, where one of them is
+    not 0: 1 for the same, and 0 if one of them is empty."""
+    from scipy.stats import spearmanr  # takes a second to import: not at every start
+
+    a, b = pattern.detach().abs().sum(0).cpu(), other.detach().abs().sum(0).cpu()
+    seen = (a > 0) | (b > 0)
+    return float(np.nan_to_num(spearmanr(a[seen], b[seen]).statistic)) if a.any() and b.any() else 0.0
+
+
+def control(model, x, pattern, layer, channel, method="guided", unit="map"):
+    """What tells whether `pattern`, which `reconstruct` gave for these arguments, comes from what the network
+    has learned: (the same pattern [3, H, W] from a copy in which the layer's stage and the one below it are
+    random, their rank correlation). After Adebayo et al. 2018, https://arxiv.org/abs/1810.03292."""
+    if unit == "max":  # the position that is the strongest in the trained network
+        (maps,) = feature_maps(model, x, layer)
+        unit = int(maps[0, channel].argmax())
+    for seed in range(10):  # until the map responds
+        random = reconstruct(randomize(model, _random_stages(layer), seed), x, layer, channel, method, unit)
+        if random.any():
+            break
+    return random, rank_correlation(pattern, random)
+
+
+def _random_stages(layer):
+    number = STAGES.index(layer.partition(".")[0])
+    return STAGES[max(0, number - 1) : number + 1]
+
+
+def describe_control(layer, correlation):
+    """What `control` found, in words."""
+    stages = " and ".join(_random_stages(layer))
+    verdict = ""
+    if correlation > 0.6:
+        verdict = " So the pattern is mostly the image's own edges, within what the map sees of it."
+    return f"Control, by random weights in {stages}: rank correlation {correlation:.2f}.{verdict}"
 
 
 def receptive_field(model, layer):

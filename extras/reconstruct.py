@@ -21,14 +21,17 @@ def main(argv=None):
     inside.check_layer(network.model, args.layer)
     (maps,) = inside.feature_maps(network.model, x, args.layer)
     for channel in inside.choose_maps(maps, args.map):
-        pattern = inside.reconstruct(network.model, x, args.layer, channel, args.method, args.unit)
+        how = args.layer, channel, args.method
+        pattern = inside.reconstruct(network.model, x, *how, args.unit)
+        control = inside.control(network.model, x, pattern, *how, args.unit)
         if args.unit == "map":
-            figure = figures.reconstruction(image, name, maps, pattern, args.layer, channel, args.method)
+            figure = figures.reconstruction(image, name, maps, pattern, *how, control)
         else:
-            figure = figures.close_up(image, name, pattern, args.layer, channel, args.method)
+            figure = figures.close_up(image, name, pattern, *how, control)
         end = "" if args.unit == "map" else "_max"
         save_figure(figure, args, f"recon_{args.layer}_map{channel}_{args.method}{end}.png")
-        print(inside.describe_map(maps, args.layer, channel))
+        verdict = inside.describe_control(args.layer, control[1])
+        print(f"{inside.describe_map(maps, args.layer, channel)}. {verdict}")
 
 
 if __name__ == "__main__":

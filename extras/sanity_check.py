@@ -4,37 +4,23 @@ stages are randomised, one more at a time from the top down: if it stays, it dep
 
 python -m extras.sanity_check --layer conv5_x"""
 
-import copy
-
-import torch
-from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 
 from common import cli, figures, inside
 from common.network import from_flags
 from common.page.client import save_figure
-from MyResnet import ResNet18
 
 SEEDS = 5  # networks that are randomised in different ways, for each column
 
 
-def randomize(model, stages, seed=0):
-    """A copy of the network with those stages as before training."""
-    torch.manual_seed(seed)
-    model, new = copy.deepcopy(model), ResNet18(model.fc.out_features)
-    for stage in stages:
-        model.get_submodule(stage).load_state_dict(new.get_submodule(stage).state_dict())
-    return model.eval()
-
-
 def similarity(pattern, other):
-    """(rank correlation, SSIM) of the magnitudes of two patterns [3, H, W], each summed over the colours and
-    divided by its largest value: 1 for the same, and 0 if one of them is empty."""
+    """(rank correlation, SSIM) of two patterns [3, H, W], by their magnitudes, summed over the colours (for
+    SSIM, divided by the largest): 1 for the same, and 0 if one of them is empty."""
     if not (pattern.any() and other.any()):
         return 0.0, 0.0
     a, b = (p.abs().sum(0).cpu().numpy() for p in (pattern, other))
-    a, b = a / a.max(), b / b.max()
-    return float(spearmanr(a, b, axis=None).statistic), float(structural_similarity(a, b, data_range=1))
+    ssim = structural_similarity(a / a.max(), b / b.max(), data_range=1)
+    return inside.rank_correlation(pattern, other), float(ssim)
 
 
 @cli.command
@@ -70,14 +56,15 @@ def compare(model, x, layer, channel, name):
         trained[method], results[method] = inside.reconstruct(model, x, layer, channel, method), []
         figures.show(axis, figures.pattern_image(trained[method]))
         axis.set_ylabel(inside.METHOD_NAMES[method])
+        axis.set_xlabel(figures.largest(trained[method]), fontsize=8)
     for n, column in enumerate(columns[1:], 1):
-        networks = [randomize(model, stages[:n], seed) for seed in range(SEEDS)]
+        networks = [inside.randomize(model, stages[:n], seed) for seed in range(SEEDS)]
         for axis, method in zip(axes[:, n], trained):
             patterns = [inside.reconstruct(network, x, layer, channel, method) for network in networks]
             figures.show(axis, figures.pattern_image(patterns[0]))
             measures = zip(*(similarity(trained[method], pattern) for pattern in patterns))
             rank, ssim = (f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in measures)
-            axis.set_xlabel(f"rank {rank}\nSSIM {ssim}", fontsize=8)
+            axis.set_xlabel(f"{figures.largest(patterns[0])}\nrank {rank}\nSSIM {ssim}", fontsize=8)
             results[method].append(f"{column} {rank} {ssim}")
     for method, texts in results.items():
         print(f"{method}, rank correlation and SSIM: {', '.join(texts)}")

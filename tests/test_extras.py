@@ -5,10 +5,11 @@ import re
 import captum.attr
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
-from common import data, figures, inside
+from common import data, figures, inside, responses
 from common.network import load_network
 from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
 
@@ -60,41 +61,41 @@ def test_any_layer_and_maps_are_reconstructed(flags, tmp_path):
 
 def test_top_pictures_are_the_strongest(network):
     images = data.load("digits", "").test_images[:57]
-    found = top_pictures.strongest(network, images, batch=10)
+    found = responses.strongest(network, images, batch=10)
     for stage in inside.STAGES:
         with torch.no_grad():
             (maps,) = inside.feature_maps(network.model, network.preprocess(images), stage)
         values, indices, positions, means = found[stage]
         peaks = maps.flatten(2).amax(2)
         torch.testing.assert_close(values, peaks.topk(9, dim=0).values.T, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(means, maps.mean((2, 3)).amax(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(means, maps.mean((2, 3)).T, rtol=1e-4, atol=1e-5)
         at = maps.flatten(2)[indices, torch.arange(len(values))[:, None], positions]
         torch.testing.assert_close(values, at, rtol=1e-4, atol=1e-5)
 
 
 def test_top_pictures_are_cached_for_the_same_network_and_images(network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    calls, real = [], top_pictures.strongest
-    monkeypatch.setattr(top_pictures, "strongest", lambda *args: calls.append(1) or real(*args))
+    calls, real = [], responses.strongest
+    monkeypatch.setattr(responses, "strongest", lambda *args: calls.append(1) or real(*args))
     images = data.load("digits", "").test_images[:12]
-    first = top_pictures.cached_strongest(network, images)
-    again = top_pictures.cached_strongest(network, images)
+    first = responses.cached_strongest(network, images)
+    again = responses.cached_strongest(network, images)
     assert len(calls) == 1 and torch.equal(first["conv4_x"][0], again["conv4_x"][0])
-    top_pictures.cached_strongest(network, images.flip(3))
+    responses.cached_strongest(network, images.flip(3))
     assert len(calls) == 2
-    other = network._replace(model=sanity_check.randomize(network.model, ["conv1"]))
-    top_pictures.cached_strongest(other, images.flip(3))
+    other = network._replace(model=inside.randomize(network.model, ["conv1"]))
+    responses.cached_strongest(other, images.flip(3))
     assert len(calls) == 3
-    for path in top_pictures.CACHE.iterdir():
+    for path in responses.CACHE.iterdir():
         path.write_bytes(b"rubbish")
-    top_pictures.cached_strongest(network, images)
+    responses.cached_strongest(network, images)
     assert len(calls) == 4
 
 
 def test_crop_is_the_receptive_field_within_the_image():
-    assert top_pictures.crop_box(0, 112, 7, 2, 224) == (0, 0, 4, 4)
-    assert top_pictures.crop_box(112 * 10 + 20, 112, 7, 2, 224) == (17, 37, 24, 44)
-    assert top_pictures.crop_box(48, 7, 435, 32, 224) == (0, 0, 224, 224)
+    assert responses.crop_box(0, 112, 7, 2, 224) == (0, 0, 4, 4)
+    assert responses.crop_box(112 * 10 + 20, 112, 7, 2, 224) == (17, 37, 24, 44)
+    assert responses.crop_box(48, 7, 435, 32, 224) == (0, 0, 224, 224)
 
 
 def test_top_pictures_are_drawn_where_they_respond(flags, tmp_path, monkeypatch):
@@ -116,16 +117,18 @@ def test_close_up_frames_the_box():
     pattern = torch.zeros(3, 64, 64)
     pattern[0, 10, 20] = pattern[1, 29, 49] = 1.0  # opposite corners of what is framed
     pattern[0, 5, 5] = 0.3  # less than a tenth of the energy
-    figure = figures.close_up(image, "", pattern, "conv1", 0, "guided")
+    figure = figures.close_up(image, "", pattern, "conv1", 0, "guided", (pattern, 0.7))
     frame = figure.axes[0].patches[0]
     assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (19.5, 9.5, 30, 20)
-    for axis in figure.axes[1:]:
+    pictures = [axis for axis in figure.axes if axis.images]
+    assert len(pictures) == 4  # with the control
+    for axis in pictures[1:]:
         assert axis.get_xlim() == (19.5, 49.5) and axis.get_ylim() == (29.5, 9.5)
 
 
 def test_maximize_finds_more_than_any_test_image(network):
     images = data.load("digits", "").test_images
-    best = top_pictures.strongest(network, images)["conv3_x"][3]
+    best = responses.strongest(network, images)["conv3_x"][3].amax(1)
     number = int(best.argsort()[len(best) // 2])
     image, activation = maximize.maximize(network, "conv3_x", number, steps=60)
     assert activation > best[number] > 0
@@ -159,11 +162,70 @@ def test_maximize_draws_and_compares(flags, tmp_path, capsys):
 
 def test_stages_are_randomised_from_the_top(network):
     before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-    other = sanity_check.randomize(network.model, ["conv5_x", "conv4_x"]).state_dict()
+    other = inside.randomize(network.model, ["conv5_x", "conv4_x"]).state_dict()
     for name, tensor in network.model.state_dict().items():
         assert torch.equal(tensor, before[name])
         if name.endswith("conv1.weight"):
             assert torch.equal(other[name], tensor) != name.startswith(("conv5_x", "conv4_x"))
+
+
+@pytest.mark.parametrize("layer, stages", [("conv5_x", "45"), ("conv3_x.block1.conv2", "23"), ("conv1", "1")])
+@pytest.mark.parametrize("unit", ["map", "max"])
+def test_a_control_is_the_pattern_of_random_upper_stages(network, layer, stages, unit):
+    x = network.preprocess(data.load("digits", "").test_images[3])
+    (maps,) = inside.feature_maps(network.model, x, layer)
+    (channel,) = inside.choose_maps(maps, "strongest:1")
+    pattern = inside.reconstruct(network.model, x, layer, channel, "guided", unit)
+    names = [stage for stage in inside.STAGES if stage[4] in stages]
+    position = int(maps[0, channel].argmax()) if unit == "max" else "map"
+    expected = next(
+        pattern
+        for seed in range(10)
+        if (pattern := inside.reconstruct(
+            inside.randomize(network.model, names, seed), x, layer, channel, "guided", position
+        )).any()
+    )  # fmt: skip
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    control, correlation = inside.control(network.model, x, pattern, layer, channel, "guided", unit)
+    assert torch.equal(control, expected) and torch.equal(torch.get_rng_state(), state)
+    seen = pattern.abs().sum(0).bool() | control.abs().sum(0).bool()
+    ranks = [scipy.stats.rankdata(p.abs().sum(0)[seen]) for p in (pattern, control)]
+    assert correlation == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-6)
+
+
+def test_a_verdict_is_given_only_above_its_limit():
+    verdict = "mostly the image's own edges"
+    assert verdict in inside.describe_control("conv5_x", 0.61)
+    assert verdict not in inside.describe_control("conv5_x", 0.6)
+    assert "random weights in conv4_x and conv5_x: rank" in inside.describe_control("conv5_x.block1", 0.1)
+    assert "random weights in conv1: rank" in inside.describe_control("conv1", 0.1)
+
+
+def test_rank_correlation_is_not_raised_by_what_is_empty_in_both():
+    torch.manual_seed(0)
+    one, other = torch.zeros(2, 3, 64, 64)
+    one[:, :16, :16], other[:, :16, :16] = torch.randn(2, 3, 16, 16)
+    assert abs(inside.rank_correlation(one, other)) < 0.2  # with the empty pixels it would be 0.9
+    assert inside.rank_correlation(one, torch.zeros_like(one)) == 0
+
+
+def test_every_pattern_tells_its_largest_value(flags, tmp_path, monkeypatch):
+    drawn, real = [], figures.pattern_image
+    monkeypatch.setattr(figures, "pattern_image", lambda p: drawn.append(p.abs().max()) or real(p))
+    texts = []
+    monkeypatch.setattr(reconstruct, "save_figure", lambda figure, *rest: texts.append(labels(figure)))
+    monkeypatch.setattr(sanity_check, "save_figure", lambda figure, *rest: texts.append(labels(figure)))
+    reconstruct.main([*flags])
+    reconstruct.main([*flags, "--layer", "conv2_x", "--unit", "max"])
+    sanity_check.main([*flags, "--layer", "conv2_x"])
+    assert len(drawn) == 2 + 2 + 9
+    for value in drawn:
+        assert f"full contrast ±{value:.2g}" in " ".join(texts)
+
+
+def labels(figure):
+    return " ".join(axes.get_xlabel() for axes in figure.axes)
 
 
 def test_similarity_is_one_for_the_same_and_low_for_another():

@@ -111,7 +111,8 @@ def test_zero_is_drawn_at_neutral_grey_on_a_symmetric_scale():
     pattern = torch.zeros(3, 4, 4)
     pattern[0, 0, 0], pattern[1, 3, 3] = 2.0, -1.0
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    figure = figures.reconstruction(image, "", torch.ones(1, 4, 2, 2), pattern, "conv1", 3, "guided")
+    maps, control = torch.ones(1, 4, 2, 2), (pattern, 0.5)
+    figure = figures.reconstruction(image, "", maps, pattern, "conv1", 3, "guided", control)
     assert (figure.axes[1].images[0].get_array() == 1).all()
     drawn = figure.axes[2].images[0].get_array()
     assert drawn[1, 1].tolist() == [0.5, 0.5, 0.5]
