@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import cli, data, figures, inside
+from common import cli, data, figures, inside, responses
 from common.device import select_device
 from common.network import load_network
 from common.page.client import save_figure
-from extras.top_pictures import cached_strongest
 
 # Columns are colours that vary independently in CIFAR-10, as much as they do: brightness, blue to red, and
 # green to purple. From the covariance of the pixels of 5,000 training images, the largest column to 1.
@@ -93,7 +92,7 @@ def main(argv=None):
     best = None
     if args.data != "data" or data.is_present(args.dataset, args.data):
         dataset = data.load(args.dataset, args.data, network.classes)
-        best = cached_strongest(network, dataset.test_images)[args.layer][3]
+        best = responses.cached_strongest(network, dataset.test_images)[args.layer][3].amax(1)
     for channel in channels:
         image, activation = maximize(network, args.layer, channel, args.steps, args.seed)
         caption = f"mean activation {activation:.3f}"

@@ -15,11 +15,12 @@ FLOORS = [  # from the top down: a module imports only what stands below it
     [*FIGURE_SCRIPTS, "train"],
     ["extras"],
     ["Myvisdom"],
-    *(["common.page.explorer"], ["common.page.client"], ["common.page"]),
+    *(["common.page.explorer"], ["common.page.client"], ["common.page.front"], ["common.page"]),
     *(
         ["common.run"],
         ["common.muon"],
         ["common.figures"],
+        ["common.responses"],
         ["common.inside"],
         ["common.network"],
         ["common.data"],

@@ -1,0 +1,68 @@
+"""The front page, visdom's environment "main": the runs, the figures, the explorer, and how to get more."""
+
+import contextlib
+import html
+import json
+import re
+import time
+from urllib.parse import quote
+
+SILENT = 60  # seconds after which a page that its run no longer draws is that of a run that was interrupted
+COMMANDS = {
+    "python train.py": "train ResNet-18 on CIFAR-10, with live curves here",
+    "python train.py --dataset digits": "the same on scikit-learn's digits, in minutes and with no download",
+    "python Myvisdom.py --explore": "look inside a network by clicks, here; also at --image FILE",
+    "python test_filter.py": "the filters of conv1",
+    "python test_featuremaps.py": "the feature maps of an image",
+    "python test_activations.py": "how strongly each map responds",
+    "python test_recon_conv1.py": "the pattern that a map of conv1 responded to",
+    "python test_recon_conv5.py": "the pattern that a map of conv5_x responded to",
+}
+LINKS = dict(explore="the explorer: look inside a network by clicks", figures="the figures that were drawn")
+STYLE = "<div style='font-size:13px;line-height:1.7;padding:4px 10px'>"
+
+
+def draw(client):
+    """Draws the front page anew and saves it; `client` is connected to the server. Returns the names of the
+    runs, the newest first. Raises ConnectionError."""
+    pages, runs = client.get_env_list(), {}
+    for name in pages:
+        with contextlib.suppress(ConnectionError, ValueError, TypeError, KeyError):  # no run's, or damaged
+            content = json.loads(client.get_window_data("Run", name))["content"]
+            runs[name] = dict(re.findall(r"<b>(.*?)</b>.*?<td>(.*?)</td>", content))
+    names = sorted(runs, key=lambda name: (_start(name), name), reverse=True)
+    client.text(_runs_table(runs, names), "Runs", "main", dict(title="Runs", width=760, height=690))
+    there = [
+        f"<a href='/env/{name}'><b>{name}</b></a>&emsp;{text}"
+        for name, text in LINKS.items()
+        if name in pages
+    ]
+    lines = [f"<code>{command}</code><br>&emsp;{text}" for command, text in COMMANDS.items()]
+    text = STYLE + "<br>".join(there + ["<h4>What to type</h4>"] + lines) + "</div>"
+    client.text(text, "Look inside", "main", dict(title="Look inside", width=480, height=690))
+    client.save(["main"])
+    return names
+
+
+def _start(name):
+    """When the run of that name began, from the name: "2026-11-26 09:30", or nothing."""
+    found = re.search(r"_(\d{4}-\d\d-\d\d)_(\d\d)-(\d\d)-\d\d$", name)
+    return "{} {}:{}".format(*found.groups()) if found else ""
+
+
+def _runs_table(runs, names):
+    """The runs as HTML, in the order of `names`; or what to type where there are none."""
+    if not names:
+        return f"{STYLE}No run yet. <code>{next(iter(COMMANDS))}</code> starts one.</div>"
+    rows = []
+    for name in names:
+        run, link = runs[name], f"<a href='/env/{quote(name)}'><b>{html.escape(name)}</b></a>"
+        state = run.get("state", "")
+        with contextlib.suppress(ValueError):
+            drawn = time.mktime(time.strptime(run.get("drawn", ""), "%Y-%m-%d %H:%M:%S"))
+            if state == "running" and time.time() - drawn > SILENT:
+                state = "interrupted"
+        cells = link, run.get("dataset", ""), state, run.get("best validation accuracy", ""), _start(name)
+        rows.append("".join(f"<td style='padding-right:16px'>{cell}</td>" for cell in cells))
+    heads = "".join(f"<th>{head}</th>" for head in ("run", "data set", "state", "best accuracy", "begun"))
+    return f"{STYLE}<table><tr>{heads}</tr><tr>{'</tr><tr>'.join(rows)}</tr></table></div>"

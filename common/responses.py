@@ -1,0 +1,65 @@
+"""What every feature map responds to over many images: how strongly to each, and to which nine most, where.
+After Zeiler, Fergus 2013, https://arxiv.org/abs/1311.2901, figure 2."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import checkpoint, cli, inside
+
+CACHE = Path("runs/responses")
+
+
+def bar(parts):
+    """The parts, with a progress bar."""
+    return cli.progress_bar(parts, "looking at every test image")
+
+
+@torch.inference_mode()
+def strongest(network, images, batch=100, progress=bar):
+    """For each stage: (values [maps, 9], images [maps, 9], positions [maps, 9] in the flattened map, the
+    strongest first; mean activations [maps, N]) over all `images`, uint8 [N, 3, S, S]. `progress` gets the
+    batches and yields each again."""
+    found = {stage: [] for stage in inside.STAGES}
+    for part in progress(images.split(batch)):
+        stages = inside.feature_maps(network.model, network.preprocess(part), *inside.STAGES)
+        for stage, maps in zip(inside.STAGES, stages):
+            maps = maps.flatten(2).transpose(0, 1)  # [maps, images, positions]
+            found[stage].append([tensor.cpu() for tensor in (*maps.max(2), maps.mean(2))])
+    for stage, parts in found.items():
+        peaks, positions, means = (torch.cat(tensors, 1) for tensors in zip(*parts))  # [maps, N] each
+        values, indices = peaks.topk(min(9, len(images)))
+        found[stage] = values, indices, positions.gather(1, indices), means
+    return found
+
+
+def cached_strongest(network, images, **options):
+    """`strongest`, from the disk if it was computed before for this network and these images."""
+    preprocessing = torch.tensor([network.size, *network.mean, *network.std])
+    tensors = [*network.model.state_dict().values(), images, preprocessing]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    name = digest.hexdigest()
+    return checkpoint.cached(CACHE / f"{name[:16]}.pt", name, lambda: strongest(network, images, **options))
+
+
+def crop_box(position, width, field, step, size):
+    """(top, left, bottom, right): what a position of a map of that width sees of a size×size image."""
+    row, column = (step * index for index in divmod(position, width))
+    half = field // 2
+    return max(0, row - half), max(0, column - half), min(size, row + half + 1), min(size, column + half + 1)
+
+
+def crops(network, layer, width, images, positions):
+    """What the `positions` [N] in maps of that width see of `images`, uint8 [N, 3, S, S], enlarged to the
+    network's size: for each (float [3, h, w] in 0 … 1, its place there as (top, left, bottom, right))."""
+    field, step = inside.receptive_field(network.model, layer)
+    found = []
+    for image, position in zip(images, positions):
+        box = top, left, bottom, right = crop_box(int(position), width, field, step, network.size)
+        large = F.interpolate(image[None] / 255, network.size, mode="bilinear")[0]
+        found.append((large[:, top:bottom, left:right], box))
+    return found
