@@ -5,6 +5,8 @@ The modules of the network are the rows of that table, and `python MyResnet.py` 
 
 import argparse
 import re
+import signal
+import sys
 from collections import Counter, OrderedDict
 
 import torch
@@ -115,7 +117,7 @@ def table():
         yield name, size, kernels, parameters, counter.get_total_flops() // 2  # each is two operations
 
 
-def main(argv=None):
+def main(argv=()):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
     parser.parse_args(argv)
@@ -128,4 +130,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that leaves, as `| head -1`, ends it quietly
+    if sys.stdout:  # None if it is closed
+        sys.stdout.reconfigure(errors="replace")  # not every encoding has ×
+    main(sys.argv[1:])

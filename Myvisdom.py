@@ -98,7 +98,8 @@ class Page:
         def line(x, y, name, **options):
             thinned = slice(None, None, max(1, len(x) // 2000))  # enough points for any screen
             points = dict(x=x[thinned].tolist(), y=y[thinned].tolist())
-            return dict(points, name=name, type="scatter", mode="lines", **options)
+            mode = "lines" if len(x) > 1 else "markers"  # a line of one point is not seen
+            return dict(points, name=name, type="scatter", mode=mode, **options)
 
         # Colours are left to plotly, which gives others to another run that one compares this with.
         raw = line(iterations, loss, "each iteration", opacity=0.4, line=dict(width=1))
@@ -114,7 +115,8 @@ class Page:
 
     def _draw_epochs(self, rows):
         names = dict(test_accuracy="validation", train_accuracy="training")
-        names["last_size_accuracy"] = f"at {self.settings['sizes'][-1]} px"
+        if len(set(self.settings["sizes"])) > 1:
+            names["last_size_accuracy"] = f"at {self.settings['sizes'][-1]} px"
         traces = []
         for key, name in names.items():
             x = [row["epoch"] for row in rows if row[key] is not None]
@@ -173,6 +175,7 @@ def main(argv=None):
         print(f"a visdom server is there already: {client.address(args.port)}")
         return
     assets.ensure()
+    cli.make_folder(client.PAGES, "start this in another folder")
     print(f"the pages of past runs: {client.address(args.port)}", flush=True)
     try:
         server.serve(args.port, client.PAGES)

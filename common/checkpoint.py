@@ -1,7 +1,11 @@
 """Saving and loading: whole files or none, and never a pickle that could run something."""
 
 import contextlib
+import io
 import os
+import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,8 +26,8 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(f"cannot write {path} ({reason}): make room there, or choose another folder")
     finally:
         with contextlib.suppress(OSError):  # it has been moved, or the disk has become read-only
@@ -33,7 +37,9 @@ def atomic_write(path):
 def save(content, path):
     """Writes `content` (tensors, numbers, text, in lists and dictionaries) by `atomic_write`."""
     with atomic_write(path) as file:
-        torch.save(content, file)
+        whole = io.BytesIO()  # if torch.save wrote to the file, a full disk would be one of its RuntimeErrors
+        torch.save(content, whole)
+        file.write(whole.getbuffer())
 
 
 def cached(path, fingerprint, compute):
@@ -54,12 +60,23 @@ def cached(path, fingerprint, compute):
 
 
 def load(path):
-    """What `save` wrote, on the CPU. Raises `UserError` if there is none or it is something else."""
+    """What `save` wrote, or another state dict, on the CPU. Raises `UserError` if there is none, or it is
+    something else, or damaged, or holds pickled objects."""
     if not Path(path).is_file():
         raise UserError(f"no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # torch does not look at the checksums
+                    raise zipfile.BadZipFile
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises half a dozen kinds, by what the file turns out to be
+        with open(path, "rb") as file:
+            pickled = re.match(rb"\x80[\x03-\x05]", file.read(2))  # by pickle itself: torch's protocol is 2
+        if pickled or re.search("GLOBAL|TorchScript|Can only (create|build)|call reduce", str(error)):
+            objects = "holds pickled objects, which are not loaded since they can run code"
+            raise UserError(f"{path} {objects}: save a state dict instead, torch.save(model.state_dict(), …)")
         raise UserError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})")

@@ -3,13 +3,17 @@ can fix, and stop signals."""
 
 import argparse
 import contextlib
+import errno
 import functools
 import math
 import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -21,32 +25,72 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
 
 
+def one_line(text, limit=290):
+    """The text as one line of at most `limit` characters: a longer one loses its middle."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit // 2 - 1]} … {text[-(limit // 2 - 2) :]}"
+
+
 def command(main):
     """Decorates a script's `main(argv)`: a `UserError`, a file that cannot be read or written, or memory that
-    is refused becomes one line on stderr and exit status 2; Ctrl-C becomes one line and status 130."""
+    is refused becomes one line on stderr and exit status 2; Ctrl-C becomes one line and status 130; a reader
+    of the output that leaves (`| head -1`) becomes status 141. Without `argv` the flags are those of the
+    command line if the script was started by it, and none if it was imported, as in a notebook."""
 
     @functools.wraps(main)
     def run(argv=None):
+        prepare_output()
+        if argv is None:
+            argv = sys.argv[1:] if main.__module__ == "__main__" else []
+        message, status = None, 2
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
         except UserError as error:
             message = str(error)
+        except BrokenPipeError:
+            status = 141  # 128 + SIGPIPE, as a shell expects
         except OSError as error:
-            if error.filename is None:  # not about a file: a bug, which deserves its traceback
+            if error.filename is None and error.errno != errno.ENOSPC:  # a bug, which deserves its traceback
                 raise
-            message = f"{error.filename}: {error.strerror}"
+            message = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             message = "not enough memory for this: end other programs, or choose another --device"
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130)
-        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # one of many, by torchrun
-        print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
+            message, status = "interrupted", 130
+        finally:
+            drop_unwritten()
+        if message:
+            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # one of many, by torchrun
+            with contextlib.suppress(OSError):
+                print(one_line(f"{rank}{'error: ' * (status == 2)}{message}"), file=sys.stderr)
+        raise SystemExit(status)
 
     return run
+
+
+def prepare_output():
+    """Makes stdout and stderr fit to be printed to, whatever the script was started with: what their encoding
+    lacks is printed as "?", and one that is closed, as under pythonw, is the null device."""
+    for name in "stdin", "stdout", "stderr":  # in the order of their numbers, which no other file must get
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif name != "stdin" and hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="replace")
+
+
+def drop_unwritten():
+    """Drops what is printed but cannot be written: Python would complain of it when it ends."""
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "w") as devnull:
+                os.dup2(devnull.fileno(), stream.fileno())
 
 
 class _TolerantStream:
@@ -71,8 +115,30 @@ class _TolerantStream:
 def ignore_output_errors():
     """Context manager: output that cannot be written (a full disk, a closed pipe) is dropped."""
     out, err = _TolerantStream(sys.stdout), _TolerantStream(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        drop_unwritten()
+
+
+class _Lines:
+    """A file for tqdm where there is no terminal: what it shows becomes lines on stderr."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress_bar(*args, **options):
+    """A tqdm bar on stderr, which leaves nothing behind; where that is no terminal, one line a minute."""
+    if not sys.stderr.isatty():
+        options |= dict(file=_Lines(), delay=60, mininterval=60, maxinterval=60)
+        options |= dict(bar_format="{desc}: {n_fmt} of {total_fmt}{postfix}", dynamic_ncols=False)
+    return tqdm(*args, leave=False, **options)
 
 
 def number(kind, low, high=math.inf):
@@ -113,28 +179,34 @@ def parser(description, *flags, **defaults):
     """An argument parser with those of `FLAGS`, some perhaps with other `defaults`."""
     layout = argparse.RawDescriptionHelpFormatter
     result = argparse.ArgumentParser(description=description, formatter_class=layout)
-    result.error = lambda message: result.exit(2, f"error: {message} (--help lists the flags)\n")
+    result.error = lambda message: result.exit(
+        2, one_line(f"error: {message} (--help lists the flags)") + "\n"
+    )
     for flag in flags:
         result.add_argument(f"--{flag}", **FLAGS[flag])
     result.set_defaults(**defaults)
     return result
 
 
-def make_folder(path):
-    """The folder `path`, made if it is not there yet. Raises `UserError`."""
+def make_folder(path, way_out="name another with --out"):
+    """The folder `path`, made if it is not there yet. Raises `UserError`, which tells the way out."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path} ({error.strerror}): name another with --out")
+        raise UserError(f"cannot make the folder {path} ({error.strerror}): {way_out}")
     return path
 
 
 @contextlib.contextmanager
 def stop_signals(answer="stopping as soon as this step or evaluation is done …"):
     """Context manager: Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it
-    yields, and print the `answer`. The same one again interrupts at once."""
+    yields, and print the `answer`. The same one again interrupts at once. In any thread but the main one there
+    are no signals, and the list stays empty."""
     received = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def receive(number, frame):
         received.append(number)

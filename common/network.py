@@ -1,5 +1,6 @@
 """Opening a trained network, and what it predicts for an image."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ class Network(NamedTuple):
         return f"the network says {self.classes[predicted]} ({confidence:.0%})"
 
 
+def without_prefixes(state_dict):
+    """The state dict without what DataParallel and torch.compile put into its names: module., _orig_mod."""
+    return {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in state_dict.items()}
+
+
 def load_network(path, dataset, device):
     """The network in `path`, on `device`; if that is None, the user's own in runs/<dataset>/weights.pt or,
     without one, the reference network for CIFAR-10. Says which. Raises `UserError`."""
@@ -50,19 +56,22 @@ def load_network(path, dataset, device):
     try:
         saved = dict(saved)
         model = ResNet18(num_classes=len(saved["classes"]))
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(without_prefixes(saved["model"]))
         network = Network(model.eval(), *(saved[key] for key in Network._fields[1:]))
+        named = all(isinstance(name, str) for name in network.classes)
         three = len(network.mean) == len(network.std) == 3
-        if not (three and min(network.std) > 0 and network.size in range(32, 1025)):
+        if not (named and three and min(network.std) > 0 and network.size in range(32, 1025)):
             raise ValueError
         numbers = [torch.tensor([*network.mean, *network.std]), *model.state_dict().values()]
         if not all(tensor.isfinite().all() for tensor in numbers):
             raise UserError(f"{path} has weights that are not finite: name others with --weights")
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} was not written by train.py: name a weights.pt of it with --weights")
+    except UserError:
+        raise
     except RuntimeError as error:
         detail = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path} has weights of another network ({detail}): name others with --weights")
+    except Exception:  # anybody may have written it, and anything may be in it
+        raise UserError(f"{path} was not written by train.py: name a weights.pt of it with --weights")
     model.to(device, memory_format=memory_format(device))
     print(f"network: {path}, trained on {saved.get('source')}")
     return network

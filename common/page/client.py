@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common import figures
 from common.checkpoint import atomic_write
 from common.cli import UserError, make_folder
 
@@ -40,7 +41,7 @@ def is_listening(port):
     except (OSError, http.client.HTTPException, ValueError) as error:  # not in time, not HTTP, or not JSON
         if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
             return False
-    raise UserError(f"port {port} is used by another program: choose another --port, or --no-visdom")
+    raise UserError(f"port {port} is used by another program: choose another --port")
 
 
 def start_server(port):
@@ -114,6 +115,7 @@ def save_figure(figure, args, name, bars=None):
     """Writes the figure to the folder --out, prints its path and shows it on an open page on --port:
     as it is, or by `draw_bars` from `bars` (title, values [N], label). Raises `UserError`."""
     path = make_folder(args.out) / name
+    figures.replace_undrawable(figure)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=90, pil_kwargs=dict(optimize=True))
     print(path)

@@ -1,5 +1,6 @@
 """The visdom server, in a process of its own that imports little else: server.py PORT PATH"""
 
+import logging
 import os
 import sys
 
@@ -9,6 +10,7 @@ from visdom.server import app, run_server
 def serve(port, path):
     """Serves this machine alone until interrupted, with the pages in the folder `path`. Raises OSError."""
     os.makedirs(path, exist_ok=True)
+    logging.disable()  # what a browser asks for and does not get, the web framework would tell on the terminal
     app.tornado_settings["autoreload"] = False  # else an edit to any module would restart it, empty
 
     def check(actual):  # visdom 0.3 takes another port than one that is busy
