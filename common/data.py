@@ -1,31 +1,29 @@
-"""The images: finding them, reading them, and making batches of them on the device.
+"""The data sets: finding them, and making batches of them on the device.
 
 The way of an image: uint8 [N, 3, 32, 32] on the device → crop, flip → float, normalise → resize to the step's
 size → network."""
 
-import hashlib
+import collections
+import contextlib
 import itertools
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import checkpoint
+from common import archive, checkpoint
+from common.archive import PACKED, UNPACKED
 from common.cli import UserError
 from common.device import memory_format
+from common.images import EXTENSIONS, READABLE, SIDE, photograph, read_image
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
-SIDE = 32  # pixels: what an image is before it is resized for the network
-FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for which PIL starts programs
-EXTENSIONS = ".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"
-ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+SPLITS = "train", "test"
+EXPECTED = f"expected is train/<class>/ and test/<class>/, {UNPACKED}/, or {PACKED}"
 
 
 class Dataset(NamedTuple):
@@ -40,24 +38,97 @@ class Dataset(NamedTuple):
     test_split: str = "test"  # or "held-out", if the images to evaluate on are of the training set
 
 
-def load(name, directory, classes=None):
+def load(name, directory, classes=None, splits=SPLITS):
     """The data set `name`, "cifar10" or "digits", as tensors on the CPU.
 
     CIFAR-10 comes from `directory`: images as train/<class>/* and test/<class>/*, or the python archive,
-    which is downloaded when neither is there. From both the order is the first image of each class, then the
-    second of each, and so on, so that any part has all classes. Raises `UserError`, also where the data set
-    has other classes than `classes`, those of a network."""
+    which is downloaded to a folder that is empty or has a part of it. From both the order is the first image
+    of each class, then the second of each, and so on, so that any part has all classes. Of CIFAR-10 only
+    `splits` are needed and read; the other one has 0 images. Raises `UserError`, also where the data set has
+    other classes than `classes`, those of a network."""
     if classes is not None and list(classes) != CLASSES[name]:
         fits = [f"--dataset {other}" for other in CLASSES if list(classes) == CLASSES[other]]
         way_out = fits[0] if fits else "name others with --weights"
         raise UserError(f"these weights are for other classes than those of {name}: {way_out}")
     if name == "digits":
         return _digits()
-    root = Path(directory)
-    is_present(name, root)  # or an error
-    if (root / "train").is_dir() or (root / "test").is_dir():
-        return _image_folders(root)
-    return _archive(root)
+    form, root = _locate(Path(directory))
+    parts, source = (_image_folders if form == "images" else _archive)(root, splits)
+    empty = torch.empty(0, 3, SIDE, SIDE, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
+    return Dataset(*parts.get("train", empty), *parts.get("test", empty), CIFAR10_CLASSES, source)
+
+
+def _locate(root):
+    """(form, path): where CIFAR-10 is, and its form as in `_form`. That is `root` or, where it can only mean
+    one thing, the folder above it or one in it. Raises `UserError` if there is something else or nothing."""
+    try:
+        root.lstat()
+        if root.is_file():
+            return "archive", root
+    except (FileNotFoundError, NotADirectoryError):
+        if root != Path("data"):  # data, the default, is made
+            raise UserError(f"no folder {root}: name the one that has CIFAR-10 with --data")
+        return "nothing", root
+    except OSError:
+        pass  # _entries says what is wrong with it
+    form, here = _form(root), root.resolve()
+    if form == "images" and here.name.lower() in SPLITS and not _named(root, SPLITS):
+        return form, here.parent
+    if form:
+        return form, root
+    inside = _folders_with(root, "images", "archive")
+    if len(inside) == 1:
+        return _form(inside[0]), inside[0]
+    several = f"; --data takes one of {_listed(inside)}" if inside else ""
+    raise UserError(f"no CIFAR-10 in {root}: it has {_listed(_entries(root))}, {EXPECTED}{several}")
+
+
+def _form(folder):
+    """In which form a folder has CIFAR-10: "images"; the python "archive", packed or unpacked; "nothing" if
+    it is empty or has a part of a download; None if it has other things. Raises `UserError`."""
+    names = {path.name.lower() for path in _entries(folder)}
+    if names & {*SPLITS, *CIFAR10_CLASSES}:
+        return "images"
+    if names & {PACKED, PACKED.removesuffix(".gz"), UNPACKED, "data_batch_1", "test_batch"}:
+        return "archive"
+    others = [name for name in names if name != "decoded.pt" and not name.startswith(PACKED)]
+    return None if others else "nothing"
+
+
+def _entries(folder):
+    """The paths of what is in a folder, sorted, without hidden files. Raises `UserError`."""
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
+    except OSError as error:
+        reason = "it is a link to nothing" if folder.is_symlink() and not folder.exists() else error.strerror
+        raise UserError(
+            f"the folder {folder} cannot be read ({reason}): mend it, or name another with --data"
+        )
+
+
+def _named(folder, names):
+    """{name: path} of what has one of these names in a folder, in any letter case. Raises `UserError`."""
+    found = {}
+    for path in _entries(folder):
+        name = path.name.lower()
+        if name in names and found.setdefault(name, path) != path:
+            raise UserError(f"{folder} has both {found[name].name} and {path.name}: make one folder of them")
+    return found
+
+
+def _folders_with(folder, *forms):
+    """The folders in a folder that have CIFAR-10 in one of these forms."""
+    found = []
+    for path in _entries(folder):
+        with contextlib.suppress(UserError):  # it cannot be read
+            if path.is_dir() and _form(path) in forms:
+                found.append(path)
+    return found
+
+
+def _listed(paths):
+    names = [path.name for path in paths]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
 
 
 def _digits():
@@ -75,121 +146,143 @@ def _digits():
     return Dataset(images, labels, test_images, test_labels, CLASSES["digits"], source)
 
 
-def _archive(root):
-    """CIFAR-10's python archive, downloaded and unpacked if need be."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    archive, names = root / ARCHIVE, [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
-        raise UserError(f"{archive} has a wrong checksum: delete it, and the next run downloads it again")
-    try:
-        try:
-            train, test = (CIFAR10(root, train=train) for train in (True, False))
-        except RuntimeError:  # not unpacked yet, or not whole
-            download_url(CIFAR10.url, root, ARCHIVE, CIFAR10.tgz_md5)  # unless it is there
-            (root / UNPACKED).mkdir(exist_ok=True)
-            with tarfile.open(archive) as tar:  # only files with these names: no other can go anywhere
-                for name in [*names, "batches.meta"]:
-                    content = tar.extractfile(f"{UNPACKED}/{name}").read()
-                    (root / UNPACKED / name).write_bytes(content)
-            train, test = (CIFAR10(root, train=train) for train in (True, False))
-    except (OSError, RuntimeError, KeyError, tarfile.TarError) as error:
-        way_out = "put the python archive or folders train/<class> and test/<class> there"
-        problem = f"no CIFAR-10 in {root}, and its download failed ({error})"
-        raise UserError(f"{problem}: {way_out}, or try --dataset digits")
-
-    def tensors(split):
-        images, labels = torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets)
+def _archive(root, splits):
+    """({split: (images, labels)}, the source in words) of the python archive: the file `root`, or in that
+    folder, or downloaded to it."""
+    names, found, parts = (UNPACKED, PACKED.removesuffix(".gz"), PACKED, "data_batch_1", "test_batch"), {}, {}
+    if root.exists():
+        found = {PACKED: root} if root.is_file() else _named(root, names)
+    places = dict.fromkeys(root if "_batch" in name else path for name, path in found.items())
+    for split, (images, labels) in zip(splits, archive.load(root, places, splits)):
         rank = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # 1 for the first of its class …
         order = (rank * len(CIFAR10_CLASSES) + labels).argsort()
-        return images[order], labels[order]
-
-    return Dataset(*tensors(train), *tensors(test), CIFAR10_CLASSES, "CIFAR-10, python archive")
-
-
-def _image_folders(root):
-    """CIFAR-10 as folders of images. What they hold is kept in root/decoded.pt, so that only the first start
-    decodes them; the names, sizes and times of the files tell whether it still holds."""
-    files = {split: _list_images(root / split) for split in ("train", "test")}
-
-    def decode():
-        decoded = {}
-        for split, paths in files.items():
-            with ThreadPoolExecutor() as pool:
-                images = tqdm(pool.map(read_image, paths), f"reading {root / split}", len(paths), leave=False)
-                decoded[f"{split}_images"] = torch.stack(list(images))
-            labels = [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
-            decoded[f"{split}_labels"] = torch.tensor(labels)
-        return decoded
-
-    paths = files["train"] + files["test"]
-    stats = ((path.parts[-3:], path.stat()) for path in paths)
-    listing = [(*names, stat.st_size, stat.st_mtime_ns) for names, stat in stats]
-    fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()
-    decoded = checkpoint.cached(root / "decoded.pt", fingerprint, decode)
-    tensors = (decoded[field] for field in Dataset._fields[:4])
-    extensions = sorted({path.suffix[1:].lower() for path in paths})
-    return Dataset(*tensors, CIFAR10_CLASSES, f"CIFAR-10, {' and '.join(extensions)} files")
+        parts[split] = images[order], labels[order]
+    return parts, "CIFAR-10, python archive"
 
 
-def _list_images(folder):
-    """The paths of all images: the first of each class, then the second of each, and so on."""
-    by_class = []
-    for name in CIFAR10_CLASSES:
-        if not (folder / name).is_dir():
-            raise UserError(f"the class folder {folder / name} is missing: every class needs one")
-        found = sorted((folder / name).iterdir(), key=str)
-        paths = [path for path in found if path.suffix.lower() in EXTENSIONS]
-        if not paths:
-            raise UserError(f"the class folder {folder / name} has no images: put them there")
-        by_class.append(paths)
-    return [path for row in itertools.zip_longest(*by_class) for path in row if path]
+def _image_folders(root, splits):
+    """As `_archive`, of folders of images. What they hold is kept in root/decoded.pt, by the name, size and
+    time of each file, so that only new files are decoded."""
+    folders, left_out = _named(root, SPLITS), collections.Counter()
+    if not folders and len(splits) == 1:  # its class folders can only be these
+        folders = {splits[0]: root}
+    if missing := [f"{split}/" for split in splits if split not in folders]:
+        has = f"it has {_listed(_entries(root))}, {EXPECTED} (but --holdout N of train.py replaces test/)"
+        raise UserError(f"no {' and no '.join(missing)} in {root}: {has}")
+    files = {split: _list_images(folders[split], left_out) for split in splits}
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))
+        print(f"left out in {root}: {kinds} (read are {READABLE} in the folders of the classes)")
+    cache, broken, changed = _load_cache(root / "decoded.pt"), {}, False
+    for split, labels in files.items():
+        known, keys = cache.get(split, {}), [_key(path) for path in labels]
+        new = [(key, path) for key, path in zip(keys, labels) if key not in known]
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(_image_or_error, [path for _, path in new])
+            results = list(tqdm(results, f"reading {root}", len(new), leave=False, disable=None))
+        for (key, path), result in zip(new, results):
+            if isinstance(result, UserError):
+                broken[path] = result
+            else:
+                known[key], changed = result, True
+        cache[split] = {key: known[key] for key in keys if key in known}
+    if changed:
+        _save_cache(cache, root / "decoded.pt")
+    if len(broken) == 1:
+        raise next(iter(broken.values()))
+    if broken:
+        names = ", ".join(str(path.relative_to(root)) for path in list(broken)[:10])
+        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
+        way_out = f"fix, convert or remove {names}{more}"
+        raise UserError(f"{len(broken)} images in {root} cannot be read: {way_out}")
+    parts = {}
+    for split, labels in files.items():
+        parts[split] = torch.stack(list(cache[split].values())), torch.tensor(list(labels.values()))
+    extensions = sorted({path.suffix[1:].lower() for labels in files.values() for path in labels})
+    return parts, f"CIFAR-10, {' and '.join(extensions)} files"
 
 
-def read_image(path):
-    """An image file as uint8 [3, 32, 32]: centre-cropped to a square and shrunk with antialiasing where it is
-    not that size already. Raises `UserError` if it cannot be read."""
+def _load_cache(path):
+    """{split: {a file's `_key`: image}} as `_save_cache` saved it; {} if it did not."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits: PIL would cut them off at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"no image {path}: name an image file or the number of a test image")
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): fix, replace or remove it")
-    return _to_square(image)
+        saved = checkpoint.load(path)
+        return {split: dict(zip(part["keys"].splitlines(), part["images"])) for split, part in saved.items()}
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return {}
 
 
-def _to_square(image):
-    if image.size != (SIDE, SIDE):
-        image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _save_cache(cache, path):
+    content = {}
+    for split, images in cache.items():
+        if images:
+            content[split] = dict(keys="\n".join(images), images=torch.stack(list(images.values())))
+    try:
+        checkpoint.save(content, path)
+    except UserError as error:
+        print(f"the decoded images are not kept, and the next start decodes them again: {error}")
+
+
+def _key(path):
+    """What tells a file, as it is now, from all others of its split, in a line of text."""
+    try:
+        stat = path.stat()
+        return repr((*path.parts[-2:], stat.st_size, stat.st_mtime_ns))
+    except OSError:  # a link to nothing, which read_image tells
+        return repr(path.parts[-2:])
+
+
+def _image_or_error(path):
+    try:
+        return read_image(path)
+    except UserError as error:
+        return error
+
+
+def _list_images(folder, left_out):
+    """{path: label} of all images: the first of each class, then the second of each, and so on. What else is
+    there is counted in `left_out`."""
+    if not _named(folder, CIFAR10_CLASSES) and len(inside := _folders_with(folder, "images")) == 1:
+        folder = inside[0]  # a level too deep
+    folders, by_class = _named(folder, CIFAR10_CLASSES), []
+    if missing := [name for name in CIFAR10_CLASSES if name not in folders]:
+        has = f"it has {_listed(_entries(folder))}, and each of the ten classes needs one"
+        raise UserError(f"{folder} has no class folder {', '.join(missing)}: {has}")
+    others = [path for path in _entries(folder) if path not in folders.values()]
+    for label, name in enumerate(CIFAR10_CLASSES):
+        entries = _entries(folders[name])
+        images = [path for path in entries if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
+        if not images:
+            has = f"it has {_listed(entries)}, and {READABLE} are read"
+            raise UserError(f"the class folder {folders[name]} has no images: {has}")
+        others += sorted({*entries} - {*images})
+        by_class.append([(path, label) for path in images])
+    left_out.update("folders" if p.is_dir() else p.suffix.lower() or "without an extension" for p in others)
+    return dict(image for row in itertools.zip_longest(*by_class) for image in row if image)
 
 
 def is_present(name, directory):
-    """Whether `load` needs no download. Raises `UserError` if there is no such folder."""
-    root = Path(directory)
-    if name == "cifar10" and not root.is_dir() and root != Path("data"):  # data, the default, is made
-        raise UserError(f"no folder {root}: name the one that has CIFAR-10 with --data")
-    return name == "digits" or any((root / part).exists() for part in ("test", ARCHIVE, UNPACKED))
+    """Whether `load` needs no download. Raises `UserError` where a folder that is not the default one is not
+    there, or has something else."""
+    try:
+        return name == "digits" or _locate(Path(directory))[0] != "nothing"
+    except UserError:
+        if Path(directory) != Path("data"):
+            raise
+        return False
 
 
 def select_image(image, name, directory, classes):
     """The image to look at: (uint8 [3, 32, 32], what it is in words). `image` is the number of a test image,
-    an image file, or None: the first test image, or, without that data, a photograph that scikit-learn ships.
+    an image file, or None: the first test image, or, without that data, a photograph that scikit-image ships.
     `classes` are those that the network knows. Raises `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
         return read_image(image), Path(image).name
-    if not is_present(name, directory) and image is None:
-        from sklearn.datasets import load_sample_image
-
+    if image is None and not is_present(name, directory):
+        image, what = photograph()
         way_out = "python train.py downloads it, --data names another folder"
-        print(f"no CIFAR-10 in {directory} ({way_out}): using scikit-learn's photograph of a flower")
-        return _to_square(Image.fromarray(load_sample_image("flower.jpg"))), "a flower"
-    dataset, index = load(name, directory, classes), int(image or 0)
+        print(f"no CIFAR-10 in {directory} ({way_out}): using a photograph of {what}")
+        return image, what
+    dataset, index = load(name, directory, classes, ["test"]), int(image or 0)
     if index >= len(dataset.test_images):
         last = len(dataset.test_images) - 1
         raise UserError(f"no test image {index}: --image takes 0 to {last}, or an image file")

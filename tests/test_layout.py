@@ -24,6 +24,7 @@ FLOORS = [  # from the top down: a module imports only what stands below it
         ["common.inside"],
         ["common.network"],
         ["common.data"],
+        *(["common.archive"], ["common.images"]),
     ),
     *(["common.checkpoint"], ["common.distributed"], ["common.device"], ["common.cli"]),
     ["common"],

@@ -1,0 +1,117 @@
+"""Reading one image file, whatever it is: an image of 32×32, or one line that says why not."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from common.cli import UserError
+
+SIDE = 32  # pixels: what an image is before it is resized for the network
+FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for which PIL starts programs
+READABLE = "PNG, JPEG, GIF, BMP, PPM, TIFF and WebP files"
+EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
+DEPTHS = 1, 255, 1023, 4095, 65535  # the largest value of an image of floats, or of 8, 10, 12 or 16 bits
+BRANDS = {
+    b"hei": "HEIC",
+    b"hev": "HEIC",
+    b"mif": "HEIC",
+    b"msf": "HEIC",
+    b"avi": "AVIF",
+}  # by their beginning
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # where PIL has doubts, the image is read without a word
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def read_image(path):
+    """An image file as uint8 [3, 32, 32]: on white where it is transparent, centre-cropped to a square and
+    shrunk with antialiasing where it is not that size already. Raises `UserError` if it cannot be read."""
+    path, way_out = Path(path), "fix, replace or remove it"
+    try:
+        if path.is_file():
+            return to_square(_decode(path))
+        if path.is_symlink() and not path.exists():
+            problem = "it is a link to nothing"
+        else:
+            problem = "it is a folder" if path.is_dir() else "it is no file" if path.exists() else ""
+    except UnidentifiedImageError:
+        problem, way_out = _foreign_format(path), "convert, replace or remove it"
+    except Exception as error:  # decoders raise all kinds
+        problem = getattr(error, "strerror", None) or str(error)[:100] or type(error).__name__
+    if not problem:
+        raise UserError(f"no image {path}: name an image file or the number of a test image")
+    raise UserError(f"{path} cannot be read as an image ({problem}): {way_out}")
+
+
+def _decode(path):
+    """The first image of a file, as it is to be seen, in mode RGB or RGBA."""
+    with Image.open(path, formats=FORMATS) as image:
+        image.load()
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        except Exception:  # the metadata is damaged, the pixels are sound
+            orientation = None
+        if image.mode.startswith(("I", "F")):
+            image = _to_8_bits(image)
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.info.clear()
+    if orientation in range(2, 9):
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _to_8_bits(image):
+    """An image of 16 or 32 bits or of floats, in mode L. Whole numbers, and floats from 0 to 1, are scaled by
+    the first of `DEPTHS` that holds them all, others from their own lowest to their own highest. Raises
+    `ValueError` for NaN or infinity."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
+    if image.mode == "I" and tags.get(TiffImagePlugin.SAMPLEFORMAT) in (1, (1,)):
+        values = values.view(np.uint32)  # PIL takes them for signed
+    transparent = values == image.info.get("transparency")
+    values = values.astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        raise ValueError("it has values that are not finite")
+    if low >= 0 and (high <= 1 or high <= DEPTHS[-1] and not (values % 1).any()):
+        values /= next(depth for depth in DEPTHS if high <= depth)
+    else:
+        values = (values - low) / (high - low or 1)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # in these, white is 0
+        values = 1 - values
+    values[transparent] = 1
+    return Image.fromarray((255 * values).round().astype(np.uint8))
+
+
+def to_square(image):
+    """A PIL image in mode RGB or RGBA as uint8 [3, 32, 32], as `read_image` says."""
+    if image.size != (SIDE, SIDE):
+        image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _foreign_format(path):
+    """What a file is that PIL does not know, in words."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:11] in BRANDS:
+        return f"it is {BRANDS[head[8:11]]}, and only {READABLE} are read"
+    return f"only {READABLE} are read" if head else "it is empty"
+
+
+def photograph():
+    """(uint8 [3, 32, 32], what it is): one that comes with scikit-image or, without that, scikit-learn."""
+    try:
+        from skimage.data import chelsea  # these take seconds to import: only where they are used
+
+        return to_square(Image.fromarray(chelsea())), "a cat"
+    except Exception:  # its package has no images, and none can be downloaded
+        from sklearn.datasets import load_sample_image
+
+        return to_square(Image.fromarray(load_sample_image("flower.jpg"))), "a flower"
