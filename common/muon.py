@@ -6,9 +6,10 @@ from common.device import DTYPES
 
 
 def orthogonalize(matrix, precision="fp32", steps=3):
-    """The matrix [M, N] with its singular vectors, and with singular values near 1 (about 0.3 to 1.2 after 3
-    steps, unless they were tiny). Newton–Schulz iteration: each step applies an odd polynomial to the singular
-    values, with Jordan's coefficients, which raise small ones fastest. `precision` is that of the products."""
+    """The matrix [M, N] with its singular vectors kept and its singular values near 1 (0.3 to 1.2, say, after
+    3 steps, unless they were tiny). Newton–Schulz iteration: each step applies an odd polynomial to the
+    singular values, with Jordan's coefficients, which raise small ones fastest. `precision` is that of the
+    matrix products."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)  # no singular value exceeds 1
     if precision != "fp32":
@@ -22,9 +23,9 @@ def orthogonalize(matrix, precision="fp32", steps=3):
 
 class Muon(torch.optim.Optimizer):
     """Stochastic gradient descent with Nesterov momentum, whose step for a weight is orthogonalised, so that
-    it moves all directions of the weight alike. `params` are weights [out, in, height, width] of convolutions,
-    each followed by a batch norm. So their scale does not matter, and before each step they are given the
-    norm of a matrix whose singular values are 1, which makes `lr` the relative size of a step."""
+    it moves all directions of the weight alike. `params` are weights [out, in, height, width] of
+    convolutions, each followed by a batch norm. So their scale does not matter, and before each step they are
+    given the norm of a matrix whose singular values are 1, which makes `lr` the relative size of a step."""
 
     def __init__(self, params, lr, momentum, precision):
         super().__init__(params, dict(lr=lr, momentum=momentum, precision=precision))

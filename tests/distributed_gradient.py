@@ -7,12 +7,13 @@ import torch
 
 import train
 from common import data, distributed
+from common.muon import Muon
 from MyResnet import ResNet18
 
 
 def gradient(micro_batches):
-    """The gradients of all weights, in float64, and [loss, accuracy], of a batch of 14 noisy images; batch
-    norms do not look at the batch."""
+    """The gradients of all weights and the convolutions after a step of Muon, all in float64, and [loss,
+    accuracy], of a batch of 14 noisy images; batch norms do not look at the batch."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (20,))
@@ -22,7 +23,9 @@ def gradient(micro_batches):
     model = distributed.data_parallel(network)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     result = train.backward(model, images, labels, batch, 40, settings, scaler, micro_batches)
-    return [p.grad for p in network.parameters()], result
+    convolutions = [p for p in network.parameters() if p.ndim == 4]
+    Muon(convolutions, lr=0.1, momentum=0.9, precision="fp32").step()
+    return [p.grad for p in network.parameters()] + [p.detach() for p in convolutions], result
 
 
 if __name__ == "__main__":
