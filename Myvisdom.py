@@ -1,6 +1,7 @@
 """The live page of a run. `train.py` keeps one; `python Myvisdom.py` serves the saved pages again, and
 `python Myvisdom.py --explore` opens one to look inside a network with."""
 
+import contextlib
 import html
 import logging
 import threading
@@ -11,7 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli, figures
-from common.page import assets, client, server
+from common.page import assets, client, front, server
+
+PATIENCE = 60  # seconds: the longest that the end of a run waits for its page
 
 
 class Page:
@@ -39,12 +42,13 @@ class Page:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Draws and saves a last time, and ends the server if this page started it: at most 10 seconds."""
+        """Draws and saves a last time, and ends the server if this page started it."""
         self.eta = ""
-        self._give_up = time.monotonic() + 8  # a short run may be over before its server is up
         self._closing.set()
         try:
-            self._thread.join(timeout=0 if kind is KeyboardInterrupt else 10)  # a second Ctrl-C is urgent
+            if not self._announced:  # a short run may be over before its server is up
+                print("waiting for the live page …", flush=True)
+            self._thread.join(timeout=0 if kind is KeyboardInterrupt else PATIENCE)  # 2nd Ctrl-C: urgent
         finally:
             client.stop_server(self.server)
         if self._client is None:
@@ -56,18 +60,18 @@ class Page:
             try:
                 self._draw()
                 if closing:
-                    self._client.save([self.name])
                     return
             except Exception as error:  # the page is a convenience, never a reason to end the run
                 logging.getLogger(__name__).debug("the live page: %r", error)
                 self._client = self._drawn_evaluation = None  # the server may be another
                 ended = self.server is None or self.server.poll() is not None
-                if closing and (ended or time.monotonic() > self._give_up):
+                if closing and (ended or self._announced):  # not one that is still starting
                     return
                 time.sleep(0.2)
 
     def _draw(self):
-        if self._client is None:
+        connected = self._client is None
+        if connected:
             running = self.server is not None and self.server.poll() is None
             if not (running or self._closing.is_set() or client.is_listening(self.port)) and self.starts < 3:
                 self.starts += 1
@@ -79,12 +83,16 @@ class Page:
         if rows:
             self._draw_epochs(rows)
         drawn = evaluation is self._drawn_evaluation
-        if evaluation and not (drawn and self._client.win_exists("Mistakes")):  # the server may be another
+        new_evaluation = evaluation and not (drawn and self._client.win_exists("Mistakes"))
+        if new_evaluation:  # or the server is another
             self._draw_evaluation(*evaluation)
             self._drawn_evaluation = evaluation
         if not self._announced:  # only now: a browser that comes before the first pane stays blank
             tqdm.write(f"live page: {client.address(self.port)}/env/{quote(self.name)}")
             self._announced = True
+        if connected or new_evaluation or self._closing.is_set():
+            self._client.save([self.name])  # now, since the server may be killed
+            front.draw(self._client)
 
     def _draw_iterations(self, count):
         """The loss, the learning rate with the size of the images, and the speed, of `count` iterations."""
@@ -105,11 +113,11 @@ class Page:
         raw = line(iterations, loss, "each iteration", opacity=0.4, line=dict(width=1))
         mean = line(iterations[window - 1 :], means, f"mean of {window}")
         from_zero = dict(rangemode="tozero")
-        client.draw(self._client, "Train Loss", [raw, mean], "iteration", "loss", yaxis=from_zero)
+        client.draw(self._client, "Train Loss", [raw, mean], "iteration", "loss", (375, 335), yaxis=from_zero)
         rate = line(iterations, rates, "learning rate")
         size = line(iterations, sizes, "image size, px", yaxis="y2")
         right = from_zero | dict(overlaying="y", side="right", showgrid=False, automargin=True)
-        client.draw(self._client, "Learning Rate", [rate, size], "iteration", size=(290, 335), yaxis2=right)
+        client.draw(self._client, "Learning Rate", [rate, size], "iteration", size=(270, 335), yaxis2=right)
         trace = line(iterations[stride::stride], speed, "")
         client.draw(self._client, "Speed", [trace], "iteration", "images/s", (240, 335), yaxis=from_zero)
 
@@ -123,7 +131,7 @@ class Page:
             y = [100 * row[key] for row in rows if row[key] is not None]
             traces.append(dict(x=x, y=y, name=name, type="scatter", mode="lines+markers"))
         ticks = dict(dtick=1 + len(rows) // 12)
-        client.draw(self._client, "Validation Accuracy", traces, "epoch", "%", xaxis=ticks)
+        client.draw(self._client, "Validation Accuracy", traces, "epoch", "%", (375, 335), xaxis=ticks)
 
     def _draw_run(self, count, rows):
         """What the run is, and how far."""
@@ -136,14 +144,15 @@ class Page:
             "step": f"{count - epoch * self.steps} of {self.steps}",
             "time left": self.eta or "–",
             "best validation accuracy": f"{max(row['test_accuracy'] for row in rows):.2%}" if rows else "–",
+            "drawn": time.strftime(front.TIME),
         }
-        cells = "".join(
-            f"<tr><td><b>{key}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
-            for key, value in (progress | self.settings).items()
-            if key != "sizes"  # "schedule" says it in a line
-        )
-        table = f"<table style='font-size:11px;line-height:1.25'>{cells}</table>"
-        self._client.text(table, win="Run", opts=dict(title="Run", width=290, height=335))
+        settings = {key: str(value) for key, value in self.settings.items()}
+        del settings["sizes"]  # "schedule" says it in a line
+        short = [key for key, value in settings.items() if len(value) < 14]  # two of these stand in a row
+        progress |= {key: value for key, value in settings.items() if key not in short}
+        tables = [_table({key: settings[key] for key in keys}) for keys in (short[::2], short[1::2])]
+        tables.insert(0, _table(progress) + "<br>")
+        self._client.text("".join(tables), win="Run", opts=dict(title="Run", width=340, height=335))
 
     def _draw_evaluation(self, images, labels, logits):
         """The confusion matrix, and the test images with the most confident mistakes."""
@@ -151,21 +160,52 @@ class Page:
         trace = dict(type="heatmap", z=counts.tolist(), x=classes, y=classes, showscale=False)
         trace["hovertemplate"] = "%{z} images: %{y}, taken for %{x}<extra></extra>"
         trace["colorscale"] = [[0, "white"], [1, "#08306b"]]
-        axis = dict(type="category", dtick=1, tickfont=dict(size=9))
-        axes = dict(xaxis=axis, yaxis=axis | dict(autorange="reversed"), margin=dict(l=80, r=6, t=6, b=70))
-        client.draw(self._client, "Confusion", [trace], "predicted class", "true class", (330, 335), **axes)
+        trace |= dict(texttemplate="%{z}", textfont=dict(size=10))
+        axis = dict(type="category", dtick=1, tickfont=dict(size=10))
+        axes = dict(xaxis=axis | dict(tickangle=-35), yaxis=axis | dict(autorange="reversed"))
+        axes["margin"] = dict(l=85, r=6, t=6, b=75)
+        client.draw(self._client, "Confusion", [trace], "predicted class", "true class", (445, 335), **axes)
         confidence, predicted = logits.softmax(1).max(1)
         wrong = (predicted != labels).nonzero().flatten()
-        worst = wrong[confidence[wrong].argsort(descending=True)[:21]]
+        worst = wrong[confidence[wrong].argsort(descending=True)[:18]]
         captions = [f"{classes[predicted[i]]} {confidence[i]:.0%},<br>is {classes[labels[i]]}" for i in worst]
-        opts = dict(title="Most confident mistakes", width=510, height=335)
-        client.draw_images(self._client, "Mistakes", images[worst], captions, 68, 9, **opts)
+        opts = dict(title="Most confident mistakes", width=410, height=335)
+        client.draw_images(self._client, "Mistakes", images[worst], captions, 64, 9, **opts)
+
+
+def _table(rows):
+    """{key: value} as an HTML table, which stands beside another where there is room."""
+    cells = "".join(
+        f"<tr><td><b>{key}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
+        for key, value in rows.items()
+    )
+    style = "display:inline-table;margin-right:12px;vertical-align:top;font-size:11px;line-height:1.35"
+    return f"<table style='{style}'>{cells}</table>"
+
+
+def show_front(port):
+    """Draws the front page, and prints where the newest run's page is. Raises ConnectionError."""
+    for name in front.draw(client.connect(port, "main"))[:1]:
+        print(f"the newest of them: {client.address(port)}/env/{quote(name)}", flush=True)
+
+
+def keep_front(port):
+    """Draws the front page when the server is there, and again every 10 seconds: a run may be killed."""
+    shown = False
+    while True:
+        with contextlib.suppress(cli.UserError, ConnectionError):
+            if client.is_listening(port):
+                front.draw(client.connect(port, "main")) if shown else show_front(port)
+                shown = True
+        time.sleep(10 if shown else 0.1)
 
 
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "weights", "dataset", "data", "device", "port")
     parser.add_argument("--explore", action="store_true", help="a page to look inside a network with")
+    image_help = "with --explore: an image file, or a folder of them, to look at; may be given several times"
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image_help)
     args = parser.parse_args(argv)
     if args.explore:
         from common.page.explorer import explore  # which imports what the other pages do without
@@ -173,10 +213,11 @@ def main(argv=None):
         return explore(args)
     if client.is_listening(args.port):
         print(f"a visdom server is there already: {client.address(args.port)}")
-        return
+        return show_front(args.port)
     assets.ensure()
     cli.make_folder(client.PAGES, "start this in another folder")
-    print(f"the pages of past runs: {client.address(args.port)}", flush=True)
+    print(f"the pages of past runs: {client.address(args.port)} (Ctrl-C ends it)", flush=True)
+    threading.Thread(target=keep_front, args=[args.port], daemon=True).start()
     try:
         server.serve(args.port, client.PAGES)
     except OSError as error:

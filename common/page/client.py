@@ -98,17 +98,20 @@ def draw_bars(client, title, values, label, marked, size, **layout):
     draw(client, title, [trace], "feature map", label, size, **layout)
 
 
+def tile(image, caption, side, font):
+    """An image, uint8 [3, H, W], `side` px wide over its caption, in a font of `font` px, as HTML."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    tag = f"<img src='{source}' style='width:100%;image-rendering:pixelated'>"
+    style = f"display:inline-block;vertical-align:top;width:{side}px;margin:2px"
+    return f"<div style='{style};font-size:{font}px;line-height:1.1'>{tag}<br>{caption}</div>"
+
+
 def draw_images(client, win, images, captions, side, font, **opts):
-    """A pane of images, uint8 [3, H, W], each `side` px wide over its caption, in a font of `font` px."""
-    style = f"display:inline-block;width:{side}px;margin:2px;font-size:{font}px;line-height:1.1"
-    cells = []
-    for image, caption in zip(images, captions):
-        file = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
-        source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        tag = f"<img src='{source}' style='width:100%;image-rendering:pixelated'>"
-        cells.append(f"<div style='{style}'>{tag}<br>{caption}</div>")
-    client.text("".join(cells), win=win, opts=dict(title=win) | opts)
+    """A pane of images, each as a `tile`."""
+    tiles = (tile(image, caption, side, font) for image, caption in zip(images, captions))
+    client.text("".join(tiles), win=win, opts=dict(title=win) | opts)
 
 
 def save_figure(figure, args, name, bars=None):

@@ -1,29 +1,43 @@
 """A visdom page to look inside a network with: choose a layer, an image and a method, double-click a map."""
 
+import copy
+import html
 import math
 import random
+import threading
 import time
+from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from common import cli, data, figures, inside
+from common import cli, data, figures, inside, responses
 from common.device import select_device
+from common.images import EXTENSIONS, read_image
 from common.network import load_network
-from common.page import assets, client
+from common.page import assets, client, front
 
-GRID, PANE = 480, 530  # pixels: the side of the grid of maps; its pane's height, a multiple of 15 less 10
+# Pixels. Three columns of panes fill a window of 1280×800. A pane's height is a multiple of 15, less 10; what
+# visdom is given for it is 15 less than that.
+LEFT, GRID, RIGHT = 280, 530, 430  # widths; GRID is the side of the grid of maps, and the width of its column
+PANE = 560  # the height of the pane with the grid
 LISTED = 100  # test images to choose from by name; the others come at random
+PHOTOGRAPHS = {"a cat": "chelsea.png", "a horse": "horse.png", "a rocket": "rocket.jpg"}  # of scikit-image
+TYPE = "<code>python Myvisdom.py --explore</code>"
 
 
 class Explorer:
-    """The panes, drawn anew when something is chosen."""
+    """The panes, drawn anew when something is chosen. `images` is {name: uint8 [3, S, S], or the path of an
+    image file, which is read when it is chosen}; `prepare` adds test images. The lock is held while a choice
+    or click is answered: what goes on in the background waits for it."""
 
-    def __init__(self, network, images, labels, page):
-        self.network, self.images, self.labels, self.page = network, images, labels, page
-        self.layer, self.index, self.method = "conv5_x", 0, "guided"
+    def __init__(self, network, images, page):
+        self.network, self.images, self.page = network, images, page
+        self.layer, self.image, self.method = "conv5_x", next(iter(images)), "guided"
+        self.test_images = self.test_labels = self.found = None
+        self.note, self.lock, self.closing = "", threading.Lock(), False
         self.refresh()
         page.register_event_handler(self.on_property, "Choose")
         page.register_event_handler(self.on_click, "Maps")
@@ -32,44 +46,65 @@ class Explorer:
         """Something was chosen in the pane "Choose"."""
         if event["event_type"] != "PropertyUpdate":
             return
-        if event["propertyId"] < len(self.choices):
-            attribute, values = list(self.choices.items())[event["propertyId"]]
-            setattr(self, attribute, values[int(event["value"])])
-        else:  # the button
-            self.index = random.randrange(len(self.images))
-        self.refresh()
+        with self.lock:
+            before = self.image
+            if event["propertyId"] < len(self.choices):
+                attribute, values = list(self.choices.items())[event["propertyId"]]
+                setattr(self, attribute, values[int(event["value"])])
+            else:  # the button
+                count = len(self.images if self.test_images is None else self.test_images)
+                index = random.randrange(count)
+                self.image = list(self.images)[index] if self.test_images is None else self._add(index)
+            try:
+                self.refresh()
+            except cli.UserError as error:  # no image, though it is called one
+                self.image = before
+                self._draw_choices()
+                self.page.text(html.escape(str(error)), win="Image", opts=dict(title="Image"))
 
     def on_click(self, event):
         """The grid of maps was double-clicked."""
         place = event.get("image_coord") or {}
         if event["event_type"] != "Click" or place.get("x") is None:
             return
-        column, row = int(place["x"] // self.cell), int((place["y"] - self.above) // self.cell)
-        channel = row * self.columns + column
-        if column < self.columns and 0 <= channel < self.maps.shape[1] and channel != self.channel:
-            self.show_map(channel)
+        with self.lock:
+            column, row = int(place["x"] // self.cell), int((place["y"] - self.above) // self.cell)
+            channel = row * self.columns + column
+            if column < self.columns and 0 <= channel < self.maps.shape[1] and channel != self.channel:
+                self.show_map(channel)
 
     def refresh(self):
-        """Draws everything, for the image and the layer that are chosen, and the strongest map there."""
-        listed = sorted({*range(min(LISTED, len(self.images))), self.index})
-        names = [f"{i}: {self.network.classes[self.labels[i]]}" for i in listed]
-        self.choices = dict(layer=inside.STAGES, index=listed, method=list(inside.RELU_BACKWARD))
+        """Draws everything, for the image and the layer that are chosen, and the strongest map there. Raises
+        `UserError` if the image cannot be read."""
+        image = self.images[self.image]
+        image = read_image(image) if isinstance(image, Path) else image
+        self.x = self.network.preprocess(image)
+        with torch.no_grad():
+            (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
+        self._draw_choices()  # visdom puts the panes into the first row that has room, in this order
+        self._draw_grid()
+        (channel,) = inside.choose_maps(self.maps, "strongest:1")
+        self._draw_pattern(channel)
+        caption = f"{html.escape(self.image)};<br>{html.escape(self.network.prediction(self.x))}"
+        client.draw_images(self.page, "Image", [image], [caption], 190, 11, width=LEFT, height=230)
+        self._draw_activations(channel)
+        self._draw_responses(channel)
+
+    def show_map(self, channel):
+        """The map, the pattern that it responded to, its column in the chart, and what it is for."""
+        self._draw_pattern(channel)
+        self._draw_activations(channel)
+        self._draw_responses(channel)
+
+    def _draw_choices(self):
+        self.choices = dict(layer=inside.STAGES, image=list(self.images), method=list(inside.RELU_BACKWARD))
         fields = [
             dict(type="select", name=attribute, values=values, value=values.index(getattr(self, attribute)))
             for attribute, values in self.choices.items()
         ]
-        fields[1] |= dict(name="test image", values=names)
         # No field to type in: where a pane has an image, visdom swallows every key.
-        fields.append(dict(type="button", name="or any test image", value="at random"))
-        self.page.properties(fields, win="Choose", opts=dict(title="Choose", width=280, height=180))
-        image = self.images[self.index]
-        self.x = self.network.preprocess(image)
-        with torch.no_grad():
-            (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
-        caption = f"test image {names[listed.index(self.index)]};<br>{self.network.prediction(self.x)}"
-        client.draw_images(self.page, "Image", [image], [caption], 190, 11, width=205, height=260)
-        self._draw_grid()
-        self.show_map(*inside.choose_maps(self.maps, "strongest:1"))
+        fields.append(dict(type="button", name="any image", value="at random"))
+        self.page.properties(fields, win="Choose", opts=dict(title="Choose", width=LEFT, height=155))
 
     def _draw_grid(self):
         count = self.maps.shape[1]
@@ -85,20 +120,102 @@ class Explorer:
         opts = dict(title=title, width=GRID, height=PANE - 15)
         self.page.image(heat_map(sheet).numpy(), win="Maps", opts=opts)
 
-    def show_map(self, channel):
-        """The map, its column in the chart, and the pattern that it responded to."""
+    def _draw_pattern(self, channel):
         self.channel = channel
         pattern = inside.reconstruct(self.network.model, self.x, self.layer, channel, self.method)
-        pattern = (255 * figures.pattern_image(pattern)).to(torch.uint8)
         caption = f"what map {channel} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"
-        captions = [caption, inside.describe_map(self.maps, self.layer, channel)]
-        images = [pattern, heat_map(self.maps[0, channel])]
-        client.draw_images(self.page, "Map and pattern", images, captions, 190, 11, width=205, height=520)
+        image = (255 * figures.pattern_image(pattern)).to(torch.uint8)
+        large = client.tile(image, f"{caption}; {figures.largest(pattern)}", 270, 11)
+        small = client.tile(
+            heat_map(self.maps[0, channel]), inside.describe_map(self.maps, self.layer, channel), 130, 11
+        )
+        opts = dict(title="Map and pattern", width=RIGHT, height=320)
+        self.page.text(large + small, win="Map and pattern", opts=opts)
+
+    def _draw_activations(self, channel):
         activations = inside.mean_activations(self.maps).cpu()
         mark = dict(x=channel, y=float(activations[channel]), text=f"map {channel}", showarrow=False)
         mark |= dict(font=dict(color="#b03a16"), yshift=9, bgcolor="white")
-        options = dict(size=(495, 250), bargap=0, annotations=[mark])
-        client.draw_bars(self.page, "Mean activations", activations, "mean activation", channel, **options)
+        options = dict(size=(GRID, 125), bargap=0, annotations=[mark], margin=dict(l=52, r=14, t=8, b=32))
+        client.draw_bars(self.page, "Mean activations", activations, "mean", channel, **options)
+
+    def _draw_responses(self, channel):
+        """The nine test images that the map responds to most, and its mean activation by class."""
+        if self.found is None:
+            return self._draw_note()
+        values, indices, positions, means = (tensor[channel] for tensor in self.found[self.layer])
+        names, width = self.network.classes, self.maps.shape[3]
+        found = responses.crops(self.network, self.layer, width, self.test_images[indices], positions)
+        captions = [
+            f"{html.escape(names[label])}, {value:.2f}"
+            for label, value in zip(self.test_labels[indices], values)
+        ]
+        images = [(255 * to_square(crop)).to(torch.uint8) for crop, _ in found]
+        opts = dict(title=f"The test images that map {channel} responds to most", width=RIGHT, height=350)
+        client.draw_images(self.page, "Nine", images, captions, 98, 10, **opts)
+        by_class = [float(means[self.test_labels == label].mean()) for label in range(len(names))]
+        trace = dict(type="bar", orientation="h", x=by_class, y=names)
+        trace["hovertemplate"] = "%{y}: %{x:.4f}<extra></extra>"
+        axis = dict(type="category", autorange="reversed", dtick=1, tickfont=dict(size=10), automargin=True)
+        options = dict(size=(LEFT, 260), yaxis=axis, margin=dict(l=70, r=10, t=6, b=34))
+        client.draw(self.page, "By class", [trace], f"mean activation of map {channel}", **options)
+
+    def _draw_note(self):
+        text = f"<div style='font-size:13px;padding:6px'>{html.escape(self.note)}</div>"
+        opts = dict(title="The test images that this map responds to most", width=RIGHT, height=350)
+        self.page.text(text, win="Nine", opts=opts)
+
+    def _add(self, index):
+        """Adds a test image to those that one can choose; returns its name."""
+        name = f"test image {index}: {self.network.classes[self.test_labels[index]]}"
+        self.images[name] = self.test_images[index]
+        return name
+
+    def add_test_images(self, images, labels):
+        """Those that one can choose from now on: `images`, uint8 [N, 3, S, S], of classes `labels`."""
+        self.test_images, self.test_labels = images, labels
+        for index in range(min(LISTED, len(images))):
+            self._add(index)
+        self._draw_choices()
+
+    def prepare(self, args):
+        """Adds the test images, where they are, and finds what each map responds to most; for a thread."""
+        try:
+            if data.is_present(args.dataset, args.data):
+                self.say("reading the test images …")
+                dataset = data.load(args.dataset, args.data, self.network.classes, ["test"])
+                with self.lock:
+                    self.add_test_images(dataset.test_images, dataset.test_labels)
+                network = self.network._replace(model=copy.deepcopy(self.network.model))  # hooks are its own
+                found = responses.cached_strongest(network, dataset.test_images, batch=8, progress=self.track)
+                with self.lock:
+                    self.found = found
+                    self._draw_responses(self.channel)
+            else:
+                self.say(f"There is no CIFAR-10 in {args.data}, so there are no test images to show here.")
+        except cli.UserError as error:
+            self.say(f"No test images: {error}")
+        except ConnectionError:  # the page has ended
+            pass
+
+    def say(self, note):
+        """Writes the note where the nine images will be."""
+        with self.lock:
+            self.note = note
+            self._draw_note()
+
+    def track(self, parts):
+        """Yields the parts, tells on the page how many are done, and lets what must be answered go first."""
+        told = 0
+        for i, part in enumerate(parts):
+            while self.lock.locked():
+                time.sleep(0.02)
+            if self.closing:
+                raise ConnectionError
+            if time.monotonic() - told > 2:
+                told = time.monotonic()
+                self.say(f"Looking at every test image, once: {i / len(parts):.0%} …")
+            yield part
 
 
 def heat_map(values):
@@ -108,10 +225,46 @@ def heat_map(values):
     return torch.from_numpy(colors(values.cpu().numpy(), bytes=True)[..., :3]).permute(2, 0, 1)
 
 
+def to_square(image):
+    """[3, h, w] with white below or right of it, where it is no square."""
+    _, h, w = image.shape
+    return F.pad(image, (0, max(h, w) - w, 0, max(h, w) - h), value=1.0)
+
+
+def own_images(paths):
+    """{name: image, or path} of image files and of folders of them. Raises `UserError`."""
+    found = {}
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
+            if not files:
+                raise cli.UserError(f"no images in the folder {path}: --image takes image files, or a folder")
+        for file in files:
+            name = str(file) if file.name in found else file.name
+            found[name] = file if path.is_dir() and found else read_image(file)
+    return found
+
+
+def photographs():
+    """{name: uint8 [3, 32, 32]} of scikit-image's photographs that show, or nearly, a class of CIFAR-10."""
+    import skimage
+
+    folder = Path(skimage.__file__).parent / "data"
+    files = {name: folder / file for name, file in PHOTOGRAPHS.items()}
+    return {name: read_image(file) for name, file in files.items() if file.is_file()}
+
+
 def explore(args):
     """Opens the page and answers it until it is interrupted. Raises `UserError`."""
     port, network = args.port, load_network(args.weights, args.dataset, select_device(args.device))
-    dataset = data.load(args.dataset, args.data, network.classes)
+    data.is_present(args.dataset, args.data)  # or an error
+    images = own_images(args.image)
+    if list(network.classes) != data.CLASSES["digits"]:
+        images |= photographs()
+    if not images:
+        dataset = data.load(args.dataset, args.data, network.classes, ["test"])
+        images = {"test image 0: " + network.classes[dataset.test_labels[0]]: dataset.test_images[0]}
     assets.ensure()
     server = None if client.is_listening(port) else client.start_server(port)
     try:
@@ -121,13 +274,28 @@ def explore(args):
             time.sleep(0.2)
         with cli.stop_signals("closing the page …") as signals:
             page = client.connect(port, "explore", events=True)
-            Explorer(network, dataset.test_images, dataset.test_labels, page)
+            leave_note(page)  # what is seen when the server is started again without this
+            page.close(env="explore")
+            explorer = Explorer(network, images, page)
+            front.draw(page)
             print(f"look inside: {client.address(port)}/env/explore (Ctrl-C ends it)", flush=True)
+            background = threading.Thread(target=explorer.prepare, args=[args], daemon=True)
+            background.start()
             while not signals:
                 time.sleep(1)
                 if not client.is_listening(port):
                     raise cli.UserError("the visdom server has ended, and the page with it: start this again")
+            explorer.closing = True
+            leave_note(page)
+            background.join(timeout=10)
     except ConnectionError:
         raise cli.UserError(f"the visdom server on port {port} does not answer: --port names another")
     finally:
         client.stop_server(server)
+
+
+def leave_note(page):
+    """Leaves nothing on the page but how to open it again, and saves that."""
+    page.close(env="explore")
+    page.text(f"The explorer has ended. {TYPE} opens it again.", win="Ended", opts=dict(title="Explorer"))
+    page.save(["explore"])

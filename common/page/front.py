@@ -7,6 +7,7 @@ import re
 import time
 from urllib.parse import quote
 
+TIME = "%Y-%m-%d %H:%M:%S"  # the form of a time in the pane "Run"
 SILENT = 60  # seconds after which a page that its run no longer draws is that of a run that was interrupted
 COMMANDS = {
     "python train.py": "train ResNet-18 on CIFAR-10, with live curves here",
@@ -19,7 +20,7 @@ COMMANDS = {
     "python test_recon_conv5.py": "the pattern that a map of conv5_x responded to",
 }
 LINKS = dict(explore="the explorer: look inside a network by clicks", figures="the figures that were drawn")
-STYLE = "<div style='font-size:13px;line-height:1.7;padding:4px 10px'>"
+STYLE = "<div style='font-size:14px;line-height:1.75;padding:4px 10px'>"
 
 
 def draw(client):
@@ -38,7 +39,7 @@ def draw(client):
         if name in pages
     ]
     lines = [f"<code>{command}</code><br>&emsp;{text}" for command, text in COMMANDS.items()]
-    text = STYLE + "<br>".join(there + ["<h4>What to type</h4>"] + lines) + "</div>"
+    text = f"{STYLE}{'<br>'.join(there)}<h4>What to type in a terminal</h4>{'<br>'.join(lines)}</div>"
     client.text(text, "Look inside", "main", dict(title="Look inside", width=480, height=690))
     client.save(["main"])
     return names
@@ -59,10 +60,11 @@ def _runs_table(runs, names):
         run, link = runs[name], f"<a href='/env/{quote(name)}'><b>{html.escape(name)}</b></a>"
         state = run.get("state", "")
         with contextlib.suppress(ValueError):
-            drawn = time.mktime(time.strptime(run.get("drawn", ""), "%Y-%m-%d %H:%M:%S"))
+            drawn = time.mktime(time.strptime(run.get("drawn", ""), TIME))
             if state == "running" and time.time() - drawn > SILENT:
                 state = "interrupted"
         cells = link, run.get("dataset", ""), state, run.get("best validation accuracy", ""), _start(name)
-        rows.append("".join(f"<td style='padding-right:16px'>{cell}</td>" for cell in cells))
-    heads = "".join(f"<th>{head}</th>" for head in ("run", "data set", "state", "best accuracy", "begun"))
-    return f"{STYLE}<table><tr>{heads}</tr><tr>{'</tr><tr>'.join(rows)}</tr></table></div>"
+        rows.append(cells)
+    heads = "run", "data set", "state", "best accuracy", "begun"
+    lines = ("".join(f"<td style='padding-right:20px'>{cell}</td>" for cell in row) for row in (heads, *rows))
+    return f"{STYLE}<table><tr>{'</tr><tr>'.join(lines)}</tr></table></div>"
