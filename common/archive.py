@@ -29,7 +29,7 @@ def load(folder, places, splits):
         try:
             return _read(place, splits)
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0].strip(":")
             if place.is_file() and (place == folder or not _is_cut(place)):
                 way_out = (
                     "name another with --data" if place == folder else "delete it, to have it downloaded"
@@ -59,9 +59,7 @@ def _read(place, splits):
                 raise ValueError(f"{name} is missing")
             if hashlib.md5(contents[name]).hexdigest() != checksum:
                 raise ValueError(f"{name} has a wrong checksum")
-            batches.append(
-                pickle.loads(contents[name], encoding="latin1")
-            )  # checked, so harmless
+            batches.append(pickle.loads(contents[name], encoding="latin1"))  # checked, so harmless
         images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches])).view(-1, 3, 32, 32)
         result.append((images, torch.tensor([label for batch in batches for label in batch["labels"]])))
     return result
@@ -81,7 +79,7 @@ def _is_cut(path):
 
 
 def _download(folder, problem):
-    """Downloads the archive to `folder`, where it gets its name once it is whole: a download that is cut off is
+    """Downloads the archive to `folder`, where it gets its name once it is whole: one that is cut off is
     begun anew by the next start. Returns its path. Raises `UserError`, which begins with `problem`."""
     from torchvision.datasets import CIFAR10
 

@@ -6,6 +6,8 @@ size → network."""
 import collections
 import contextlib
 import itertools
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from common.images import EXTENSIONS, READABLE, SIDE, photograph, read_image
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
 SPLITS = "train", "test"
-EXPECTED = f"expected is train/<class>/ and test/<class>/, {UNPACKED}/, or {PACKED}"
+EXPECTED = f"train/<class>/ and test/<class>/, {UNPACKED}/, or {PACKED}"
 
 
 class Dataset(NamedTuple):
@@ -80,7 +82,7 @@ def _locate(root):
     if len(inside) == 1:
         return _form(inside[0]), inside[0]
     several = f"; --data takes one of {_listed(inside)}" if inside else ""
-    raise UserError(f"no CIFAR-10 in {root}: it has {_listed(_entries(root))}, {EXPECTED}{several}")
+    raise UserError(f"no CIFAR-10 in {root}: it has {_listed(_entries(root))}, and not {EXPECTED}{several}")
 
 
 def _form(folder):
@@ -91,19 +93,17 @@ def _form(folder):
         return "images"
     if names & {PACKED, PACKED.removesuffix(".gz"), UNPACKED, "data_batch_1", "test_batch"}:
         return "archive"
-    others = [name for name in names if name != "decoded.pt" and not name.startswith(PACKED)]
-    return None if others else "nothing"
+    return "nothing" if all(name.startswith(PACKED) for name in names) else None
 
 
 def _entries(folder):
-    """The paths of what is in a folder, sorted, without hidden files. Raises `UserError`."""
+    """The paths of what is in a folder, sorted, without hidden files and our own. Raises `UserError`."""
     try:
-        return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
+        others = "decoded.pt", "__MACOSX"
+        return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name not in others)
     except OSError as error:
-        reason = "it is a link to nothing" if folder.is_symlink() and not folder.exists() else error.strerror
-        raise UserError(
-            f"the folder {folder} cannot be read ({reason}): mend it, or name another with --data"
-        )
+        reason = error.strerror if os.path.exists(folder) else "it is a link to nothing"
+        raise UserError(f"the folder {folder} cannot be read ({reason}): mend it, or --data names another")
 
 
 def _named(folder, names):
@@ -167,12 +167,14 @@ def _image_folders(root, splits):
     if not folders and len(splits) == 1:  # its class folders can only be these
         folders = {splits[0]: root}
     if missing := [f"{split}/" for split in splits if split not in folders]:
-        has = f"it has {_listed(_entries(root))}, {EXPECTED} (but --holdout N of train.py replaces test/)"
-        raise UserError(f"no {' and no '.join(missing)} in {root}: {has}")
+        has = f"it has {_listed(_entries(root))}, and not train/<class>/ and test/<class>/"
+        raise UserError(
+            f"no {' and no '.join(missing)} in {root}: {has} (train.py --holdout N needs no test/)"
+        )
     files = {split: _list_images(folders[split], left_out) for split in splits}
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))
-        print(f"left out in {root}: {kinds} (read are {READABLE} in the folders of the classes)")
+        print(f"left out in {root}: {kinds} (what is read is {READABLE}, in the folders of the classes)")
     cache, broken, changed = _load_cache(root / "decoded.pt"), {}, False
     for split, labels in files.items():
         known, keys = cache.get(split, {}), [_key(path) for path in labels]
@@ -193,8 +195,9 @@ def _image_folders(root, splits):
     if broken:
         names = ", ".join(str(path.relative_to(root)) for path in list(broken)[:10])
         more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
-        way_out = f"fix, convert or remove {names}{more}"
-        raise UserError(f"{len(broken)} images in {root} cannot be read: {way_out}")
+        first = re.split("[,;(]", str(next(iter(broken.values())).__cause__))[0]
+        problem = f"{len(broken)} images in {root} cannot be read (the first: {first})"
+        raise UserError(f"{problem}: fix, convert or remove {names}{more}")
     parts = {}
     for split, labels in files.items():
         parts[split] = torch.stack(list(cache[split].values())), torch.tensor(list(labels.values()))
@@ -244,15 +247,17 @@ def _list_images(folder, left_out):
     if not _named(folder, CIFAR10_CLASSES) and len(inside := _folders_with(folder, "images")) == 1:
         folder = inside[0]  # a level too deep
     folders, by_class = _named(folder, CIFAR10_CLASSES), []
-    if missing := [name for name in CIFAR10_CLASSES if name not in folders]:
-        has = f"it has {_listed(_entries(folder))}, and each of the ten classes needs one"
-        raise UserError(f"{folder} has no class folder {', '.join(missing)}: {has}")
     others = [path for path in _entries(folder) if path not in folders.values()]
+    if missing := [name for name in CIFAR10_CLASSES if name not in folders]:
+        has = f", but {_listed(others)}" if others else ""
+        raise UserError(
+            f"{folder} has no class folder {', '.join(missing)}{has}: each of the ten needs its own"
+        )
     for label, name in enumerate(CIFAR10_CLASSES):
         entries = _entries(folders[name])
         images = [path for path in entries if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
         if not images:
-            has = f"it has {_listed(entries)}, and {READABLE} are read"
+            has = f"it has {_listed(entries)}; what is read is {READABLE}"
             raise UserError(f"the class folder {folders[name]} has no images: {has}")
         others += sorted({*entries} - {*images})
         by_class.append([(path, label) for path in images])

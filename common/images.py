@@ -1,6 +1,9 @@
 """Reading one image file, whatever it is: an image of 32×32, or one line that says why not."""
 
+import contextlib
 import logging
+import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from common.cli import UserError
 
 SIDE = 32  # pixels: what an image is before it is resized for the network
 FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for which PIL starts programs
-READABLE = "PNG, JPEG, GIF, BMP, PPM, TIFF and WebP files"
+READABLE = "PNG, JPEG, GIF, BMP, PPM, TIFF or WebP"
 EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
 DEPTHS = 1, 255, 1023, 4095, 65535  # the largest value of an image of floats, or of 8, 10, 12 or 16 bits
 BRANDS = {
@@ -25,6 +28,7 @@ BRANDS = {
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # where PIL has doubts, the image is read without a word
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+_libtiff = threading.Lock()
 
 
 def read_image(path):
@@ -37,20 +41,21 @@ def read_image(path):
         if path.is_symlink() and not path.exists():
             problem = "it is a link to nothing"
         else:
-            problem = "it is a folder" if path.is_dir() else "it is no file" if path.exists() else ""
+            problem = "it is a folder" if path.is_dir() else "it is no regular file" if path.exists() else ""
     except UnidentifiedImageError:
         problem, way_out = _foreign_format(path), "convert, replace or remove it"
     except Exception as error:  # decoders raise all kinds
-        problem = getattr(error, "strerror", None) or str(error)[:100] or type(error).__name__
+        problem = getattr(error, "strerror", None) or str(error)[:120] or type(error).__name__
     if not problem:
         raise UserError(f"no image {path}: name an image file or the number of a test image")
-    raise UserError(f"{path} cannot be read as an image ({problem}): {way_out}")
+    raise UserError(f"{path} cannot be read as an image ({problem}): {way_out}") from ValueError(problem)
 
 
 def _decode(path):
     """The first image of a file, as it is to be seen, in mode RGB or RGBA."""
     with Image.open(path, formats=FORMATS) as image:
-        image.load()
+        with _silent_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
         except Exception:  # the metadata is damaged, the pixels are sound
@@ -65,6 +70,18 @@ def _decode(path):
     return image
 
 
+@contextlib.contextmanager
+def _silent_libtiff():
+    """Context manager: what libtiff prints of a damaged file, itself and at once, is dropped."""
+    with _libtiff, open(os.devnull, "wb") as devnull, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # it is closed
+            stderr = os.dup(2)
+            stack.callback(os.close, stderr)
+            stack.callback(os.dup2, stderr, 2)
+            os.dup2(devnull.fileno(), 2)
+        yield
+
+
 def _to_8_bits(image):
     """An image of 16 or 32 bits or of floats, in mode L. Whole numbers, and floats from 0 to 1, are scaled by
     the first of `DEPTHS` that holds them all, others from their own lowest to their own highest. Raises
@@ -72,11 +89,10 @@ def _to_8_bits(image):
     tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
     if image.mode == "I" and tags.get(TiffImagePlugin.SAMPLEFORMAT) in (1, (1,)):
         values = values.view(np.uint32)  # PIL takes them for signed
-    transparent = values == image.info.get("transparency")
-    values = values.astype(np.float64)
-    low, high = values.min(), values.max()
-    if not np.isfinite(high - low):
+    if not np.isfinite(values).all():
         raise ValueError("it has values that are not finite")
+    transparent, values = values == image.info.get("transparency"), values.astype(np.float64)
+    low, high = values.min(), values.max()
     if low >= 0 and (high <= 1 or high <= DEPTHS[-1] and not (values % 1).any()):
         values /= next(depth for depth in DEPTHS if high <= depth)
     else:
@@ -101,8 +117,8 @@ def _foreign_format(path):
     with open(path, "rb") as file:
         head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:11] in BRANDS:
-        return f"it is {BRANDS[head[8:11]]}, and only {READABLE} are read"
-    return f"only {READABLE} are read" if head else "it is empty"
+        return f"it is {BRANDS[head[8:11]]}; what is read is {READABLE}"
+    return f"it is damaged, or not {READABLE}" if head else "it is empty"
 
 
 def photograph():
