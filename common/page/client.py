@@ -18,7 +18,8 @@ from PIL import Image
 
 from common import figures
 from common.checkpoint import atomic_write
-from common.cli import UserError, make_folder
+from common.cli import UserError, make_folder, print_last
+from common.page import front
 
 # A proxy is for the web, not for this machine.
 for variable in ("NO_PROXY", "no_proxy"):
@@ -124,6 +125,8 @@ def save_figure(figure, args, name, bars=None):
     print(path)
     with contextlib.suppress(UserError, ConnectionError, ImportError):  # the file is what counts
         if not is_listening(args.port):
+            port = f" --port {args.port}" if args.port != 8097 else ""
+            print_last(f"to see them on a page too: python Myvisdom.py{port}, and this in another terminal")
             return
         client = connect(args.port, "figures")
         if bars:
@@ -133,3 +136,5 @@ def save_figure(figure, args, name, bars=None):
             opts = dict(title=name, width=620, height=round(620 * image.shape[1] / image.shape[2]) + 25)
             client.image(image, win=name, opts=opts)
         client.save(["figures"])
+        front.draw(client)
+        print_last(f"on the page: {address(args.port)}/env/figures")

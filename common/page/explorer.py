@@ -54,7 +54,9 @@ class Explorer:
             else:  # the button
                 count = len(self.images if self.test_images is None else self.test_images)
                 index = random.randrange(count)
-                self.image = list(self.images)[index] if self.test_images is None else self._add(index)
+                self.image = (
+                    list(self.images)[index] if self.test_images is None else self._add_test_image(index)
+                )
             try:
                 self.refresh()
             except cli.UserError as error:  # no image, though it is called one
@@ -71,7 +73,10 @@ class Explorer:
             column, row = int(place["x"] // self.cell), int((place["y"] - self.above) // self.cell)
             channel = row * self.columns + column
             if column < self.columns and 0 <= channel < self.maps.shape[1] and channel != self.channel:
-                self.show_map(channel)
+                self.channel = channel
+                self._draw_pattern()
+                self._draw_activations()
+                self._draw_responses()
 
     def refresh(self):
         """Draws everything, for the image and the layer that are chosen, and the strongest map there. Raises
@@ -81,20 +86,14 @@ class Explorer:
         self.x = self.network.preprocess(image)
         with torch.no_grad():
             (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
-        self._draw_choices()  # visdom puts the panes into the first row that has room, in this order
-        self._draw_grid()
-        (channel,) = inside.choose_maps(self.maps, "strongest:1")
-        self._draw_pattern(channel)
         caption = f"{html.escape(self.image)};<br>{html.escape(self.network.prediction(self.x))}"
+        self._draw_choices()  # visdom puts each pane into the first row that has room, so the order counts
+        self._draw_grid()
+        (self.channel,) = inside.choose_maps(self.maps, "strongest:1")
+        self._draw_pattern()
         client.draw_images(self.page, "Image", [image], [caption], 190, 11, width=LEFT, height=230)
-        self._draw_activations(channel)
-        self._draw_responses(channel)
-
-    def show_map(self, channel):
-        """The map, the pattern that it responded to, its column in the chart, and what it is for."""
-        self._draw_pattern(channel)
-        self._draw_activations(channel)
-        self._draw_responses(channel)
+        self._draw_activations()
+        self._draw_responses()
 
     def _draw_choices(self):
         self.choices = dict(layer=inside.STAGES, image=list(self.images), method=list(inside.RELU_BACKWARD))
@@ -120,63 +119,49 @@ class Explorer:
         opts = dict(title=title, width=GRID, height=PANE - 15)
         self.page.image(heat_map(sheet).numpy(), win="Maps", opts=opts)
 
-    def _draw_pattern(self, channel):
-        self.channel = channel
-        pattern = inside.reconstruct(self.network.model, self.x, self.layer, channel, self.method)
-        caption = f"what map {channel} of {self.layer} responded to, by {inside.METHOD_NAMES[self.method]}"
+    def _draw_pattern(self):
+        """The pattern that the map responded to, and the map."""
+        layer, channel = self.layer, self.channel
+        pattern = inside.reconstruct(self.network.model, self.x, layer, channel, self.method)
+        caption = f"what map {channel} of {layer} responded to, by {inside.METHOD_NAMES[self.method]}"
         image = (255 * figures.pattern_image(pattern)).to(torch.uint8)
         large = client.tile(image, f"{caption}; {figures.largest(pattern)}", 270, 11)
-        small = client.tile(
-            heat_map(self.maps[0, channel]), inside.describe_map(self.maps, self.layer, channel), 130, 11
-        )
-        opts = dict(title="Map and pattern", width=RIGHT, height=320)
+        described = inside.describe_map(self.maps, layer, channel)
+        small = client.tile(heat_map(self.maps[0, channel]), described, 130, 11)
+        opts = dict(title="Map and pattern", width=RIGHT, height=305)
         self.page.text(large + small, win="Map and pattern", opts=opts)
 
-    def _draw_activations(self, channel):
-        activations = inside.mean_activations(self.maps).cpu()
+    def _draw_activations(self):
+        activations, channel = inside.mean_activations(self.maps).cpu(), self.channel
         mark = dict(x=channel, y=float(activations[channel]), text=f"map {channel}", showarrow=False)
         mark |= dict(font=dict(color="#b03a16"), yshift=9, bgcolor="white")
         options = dict(size=(GRID, 125), bargap=0, annotations=[mark], margin=dict(l=52, r=14, t=8, b=32))
         client.draw_bars(self.page, "Mean activations", activations, "mean", channel, **options)
 
-    def _draw_responses(self, channel):
-        """The nine test images that the map responds to most, and its mean activation by class."""
+    def _draw_responses(self):
+        """The nine test images that the map responds to most, and its mean activation by class; or a note."""
+        opts = dict(title=f"What map {self.channel} responds to most", width=RIGHT, height=365)
         if self.found is None:
-            return self._draw_note()
-        values, indices, positions, means = (tensor[channel] for tensor in self.found[self.layer])
-        names, width = self.network.classes, self.maps.shape[3]
+            note = f"<div style='font-size:13px;padding:6px'>{html.escape(self.note)}</div>"
+            return self.page.text(note, win="Nine", opts=opts)
+        values, indices, positions, means = (tensor[self.channel] for tensor in self.found[self.layer])
+        names, labels, width = self.network.classes, self.test_labels[indices], self.maps.shape[3]
         found = responses.crops(self.network, self.layer, width, self.test_images[indices], positions)
-        captions = [
-            f"{html.escape(names[label])}, {value:.2f}"
-            for label, value in zip(self.test_labels[indices], values)
-        ]
         images = [(255 * to_square(crop)).to(torch.uint8) for crop, _ in found]
-        opts = dict(title=f"The test images that map {channel} responds to most", width=RIGHT, height=350)
-        client.draw_images(self.page, "Nine", images, captions, 98, 10, **opts)
+        captions = [f"{html.escape(names[label])}, {value:.2f}" for label, value in zip(labels, values)]
+        client.draw_images(self.page, "Nine", images, captions, 104, 10, **opts)
         by_class = [float(means[self.test_labels == label].mean()) for label in range(len(names))]
         trace = dict(type="bar", orientation="h", x=by_class, y=names)
         trace["hovertemplate"] = "%{y}: %{x:.4f}<extra></extra>"
         axis = dict(type="category", autorange="reversed", dtick=1, tickfont=dict(size=10), automargin=True)
         options = dict(size=(LEFT, 260), yaxis=axis, margin=dict(l=70, r=10, t=6, b=34))
-        client.draw(self.page, "By class", [trace], f"mean activation of map {channel}", **options)
+        client.draw(self.page, "By class", [trace], "mean activation", **options)
 
-    def _draw_note(self):
-        text = f"<div style='font-size:13px;padding:6px'>{html.escape(self.note)}</div>"
-        opts = dict(title="The test images that this map responds to most", width=RIGHT, height=350)
-        self.page.text(text, win="Nine", opts=opts)
-
-    def _add(self, index):
-        """Adds a test image to those that one can choose; returns its name."""
+    def _add_test_image(self, index):
+        """Adds it to the images that one can choose; returns its name there."""
         name = f"test image {index}: {self.network.classes[self.test_labels[index]]}"
         self.images[name] = self.test_images[index]
         return name
-
-    def add_test_images(self, images, labels):
-        """Those that one can choose from now on: `images`, uint8 [N, 3, S, S], of classes `labels`."""
-        self.test_images, self.test_labels = images, labels
-        for index in range(min(LISTED, len(images))):
-            self._add(index)
-        self._draw_choices()
 
     def prepare(self, args):
         """Adds the test images, where they are, and finds what each map responds to most; for a thread."""
@@ -185,14 +170,17 @@ class Explorer:
                 self.say("reading the test images …")
                 dataset = data.load(args.dataset, args.data, self.network.classes, ["test"])
                 with self.lock:
-                    self.add_test_images(dataset.test_images, dataset.test_labels)
+                    self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
+                    for index in range(min(LISTED, len(self.test_images))):
+                        self._add_test_image(index)
+                    self._draw_choices()
                 network = self.network._replace(model=copy.deepcopy(self.network.model))  # hooks are its own
                 found = responses.cached_strongest(network, dataset.test_images, batch=8, progress=self.track)
                 with self.lock:
                     self.found = found
-                    self._draw_responses(self.channel)
+                    self._draw_responses()
             else:
-                self.say(f"There is no CIFAR-10 in {args.data}, so there are no test images to show here.")
+                self.say(f"Where CIFAR-10 is, this shows test images. It is not in {args.data}.")
         except cli.UserError as error:
             self.say(f"No test images: {error}")
         except ConnectionError:  # the page has ended
@@ -202,7 +190,7 @@ class Explorer:
         """Writes the note where the nine images will be."""
         with self.lock:
             self.note = note
-            self._draw_note()
+            self._draw_responses()
 
     def track(self, parts):
         """Yields the parts, tells on the page how many are done, and lets what must be answered go first."""
@@ -231,18 +219,21 @@ def to_square(image):
     return F.pad(image, (0, max(h, w) - w, 0, max(h, w) - h), value=1.0)
 
 
-def own_images(paths):
-    """{name: image, or path} of image files and of folders of them. Raises `UserError`."""
+def own_images(args, classes):
+    """What --image names, {name: uint8 [3, S, S] or a path}: files, folders, numbers of test images. Raises
+    `UserError`."""
     found = {}
-    for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
+    for image in args.image:
+        if Path(image).is_dir():
+            files = sorted(file for file in Path(image).iterdir() if file.suffix.lower() in EXTENSIONS)
             if not files:
-                raise cli.UserError(f"no images in the folder {path}: --image takes image files, or a folder")
-        for file in files:
-            name = str(file) if file.name in found else file.name
-            found[name] = file if path.is_dir() and found else read_image(file)
+                raise cli.UserError(f"no images in the folder {image}: name another, or an image file")
+            found |= {file.name if file.name not in found else str(file): file for file in files}
+        elif image.isdecimal() and not data.is_present(args.dataset, args.data):
+            raise cli.UserError(f"no test image {image} without CIFAR-10 in {args.data}: name an image file")
+        else:
+            pixels, name = data.select_image(image, args.dataset, args.data, classes)
+            found[name if name not in found else image] = pixels
     return found
 
 
@@ -250,8 +241,7 @@ def photographs():
     """{name: uint8 [3, 32, 32]} of scikit-image's photographs that show, or nearly, a class of CIFAR-10."""
     import skimage
 
-    folder = Path(skimage.__file__).parent / "data"
-    files = {name: folder / file for name, file in PHOTOGRAPHS.items()}
+    files = {name: Path(skimage.__file__).parent / "data" / file for name, file in PHOTOGRAPHS.items()}
     return {name: read_image(file) for name, file in files.items() if file.is_file()}
 
 
@@ -259,12 +249,12 @@ def explore(args):
     """Opens the page and answers it until it is interrupted. Raises `UserError`."""
     port, network = args.port, load_network(args.weights, args.dataset, select_device(args.device))
     data.is_present(args.dataset, args.data)  # or an error
-    images = own_images(args.image)
+    images = own_images(args, network.classes)
     if list(network.classes) != data.CLASSES["digits"]:
         images |= photographs()
     if not images:
-        dataset = data.load(args.dataset, args.data, network.classes, ["test"])
-        images = {"test image 0: " + network.classes[dataset.test_labels[0]]: dataset.test_images[0]}
+        image, name = data.select_image("0", args.dataset, args.data, network.classes)
+        images = {name: image}
     assets.ensure()
     server = None if client.is_listening(port) else client.start_server(port)
     try:

@@ -1,16 +1,40 @@
 """The visdom server, in a process of its own that imports little else: server.py PORT PATH"""
 
+import json
 import logging
 import os
 import sys
+from pathlib import Path
 
+from tornado.web import RequestHandler
 from visdom.server import app, run_server
+from visdom.server.handlers import web_handlers
+
+
+def render(handler, template, **values):
+    """Sends what visdom's handlers send. Where they leave it to the browser what to show, at the bare address
+    and for a page that is not there, it would show what it showed last, or nothing: here the front page."""
+    values["active_item"] = values.get("active_item") or "main"
+    RequestHandler.render(handler, template, **values)
+
+
+def set_aside_damaged(path):
+    """Renames the pages in that folder that a server which was killed has saved in part: nothing could be
+    drawn on them."""
+    for file in Path(path).glob("*.json"):
+        try:
+            json.loads(file.read_text())["jsons"]
+        except (ValueError, KeyError, TypeError):
+            file.replace(file.with_suffix(".damaged"))
 
 
 def serve(port, path):
     """Serves this machine alone until interrupted, with the pages in the folder `path`. Raises OSError."""
     os.makedirs(path, exist_ok=True)
-    logging.disable()  # what a browser asks for and does not get, the web framework would tell on the terminal
+    set_aside_damaged(path)
+    for handler in web_handlers.IndexHandler, web_handlers.EnvHandler:
+        handler.render = render
+    logging.disable()  # else the web framework tells on the terminal what it could not answer
     app.tornado_settings["autoreload"] = False  # else an edit to any module would restart it, empty
 
     def check(actual):  # visdom 0.3 takes another port than one that is busy
