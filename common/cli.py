@@ -31,6 +31,15 @@ def one_line(text, limit=290):
     return text if len(text) <= limit else f"{text[: limit // 2 - 1]} … {text[-(limit // 2 - 2) :]}"
 
 
+_last_lines = []  # what `command` prints when the script has done its work
+
+
+def print_last(line):
+    """Has the line printed when the script ends well, after all else; the same one once."""
+    if line not in _last_lines:
+        _last_lines.append(line)
+
+
 def command(main):
     """Decorates a script's `main(argv)`: a `UserError`, a file that cannot be read or written, or memory that
     is refused becomes one line on stderr and exit status 2; Ctrl-C becomes one line and status 130; a reader
@@ -40,11 +49,14 @@ def command(main):
     @functools.wraps(main)
     def run(argv=None):
         prepare_output()
+        _last_lines.clear()
         if argv is None:
             argv = sys.argv[1:] if main.__module__ == "__main__" else []
         message, status = None, 2
         try:
             result = main(argv)
+            while _last_lines:
+                print(_last_lines.pop(0))
             sys.stdout.flush()
             return result
         except UserError as error:
@@ -137,8 +149,8 @@ def progress_bar(*args, **options):
     """A tqdm bar on stderr, which leaves nothing behind; where that is no terminal, one line a minute."""
     if not sys.stderr.isatty():
         options |= dict(file=_Lines(), delay=60, mininterval=60, maxinterval=60)
-        options |= dict(bar_format="{desc}: {n_fmt} of {total_fmt}{postfix}", dynamic_ncols=False)
-    return tqdm(*args, leave=False, **options)
+        options |= dict(bar_format="{desc}: {n_fmt} of {total_fmt}{postfix}")
+    return tqdm(*args, leave=False, dynamic_ncols=True, **options)
 
 
 def number(kind, low, high=math.inf):
@@ -164,6 +176,8 @@ FLAGS = {
         "cifar10 without a run the reference network in weights/)"),
     "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "
         "(default: 0)"),
+    "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare what "
+        "the network says with; may be given more than once (default: the second most probable)"),
     "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
         "for an image also strongest:K, by mean activation (default: %(default)s)"),
     "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "
@@ -201,8 +215,8 @@ def make_folder(path, way_out="name another with --out"):
 @contextlib.contextmanager
 def stop_signals(answer="stopping as soon as this step or evaluation is done …"):
     """Context manager: Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it
-    yields, and print the `answer`. The same one again interrupts at once. In any thread but the main one there
-    are no signals, and the list stays empty."""
+    yields, and print the `answer`. The same one again interrupts at once. In another thread than the main one
+    there are no signals, and the list stays empty."""
     received = []
     if threading.current_thread() is not threading.main_thread():
         yield received
