@@ -6,7 +6,6 @@ size → network."""
 import collections
 import contextlib
 import itertools
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from common.images import EXTENSIONS, READABLE, SIDE, photograph, read_image
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
 SPLITS = "train", "test"
-EXPECTED = f"train/<class>/ and test/<class>/, {UNPACKED}/, or {PACKED}"
+EXPECTED = f"put train/<class>/ and test/<class>/, {UNPACKED}/, or {PACKED} there"
 
 
 class Dataset(NamedTuple):
@@ -81,8 +80,8 @@ def _locate(root):
     inside = _folders_with(root, "images", "archive")
     if len(inside) == 1:
         return _form(inside[0]), inside[0]
-    several = f"; --data takes one of {_listed(inside)}" if inside else ""
-    raise UserError(f"no CIFAR-10 in {root}: it has {_listed(_entries(root))}, and not {EXPECTED}{several}")
+    several = f", or name one of {_listed(inside)} with --data" if inside else ""
+    raise UserError(f"no CIFAR-10 in {root}: it has {_listed(_entries(root))}; {EXPECTED}{several}")
 
 
 def _form(folder):
@@ -102,7 +101,7 @@ def _entries(folder):
         others = "decoded.pt", "__MACOSX"
         return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name not in others)
     except OSError as error:
-        reason = error.strerror if os.path.exists(folder) else "it is a link to nothing"
+        reason = "it is a link to nothing" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"the folder {folder} cannot be read ({reason}): mend it, or --data names another")
 
 
@@ -167,7 +166,7 @@ def _image_folders(root, splits):
     if not folders and len(splits) == 1:  # its class folders can only be these
         folders = {splits[0]: root}
     if missing := [f"{split}/" for split in splits if split not in folders]:
-        has = f"it has {_listed(_entries(root))}, and not train/<class>/ and test/<class>/"
+        has = f"it has {_listed(_entries(root))}, not train/<class>/ and test/<class>/"
         raise UserError(
             f"no {' and no '.join(missing)} in {root}: {has} (train.py --holdout N needs no test/)"
         )

@@ -41,7 +41,7 @@ def seeds():
     deep = Image.fromarray(deep)
     kinds = {
         "rgb.png": (rgb, dict(exif=exif, pnginfo=text)), "rgba.png": (rgba, {}), "deep.png": (deep, {}),
-        "palette.png": (palette, dict(transparency=bytes(range(0, 256, 16)))), "1.png": (rgb.convert("1"), {}),
+        "palette.png": (palette, dict(transparency=b"\0\x80")), "1.png": (rgb.convert("1"), {}),
         "grey.png": (grey, dict(transparency=7)), "rgb.jpg": (rgb, dict(exif=exif, dpi=(72, 72))),
         "grey.jpg": (grey, dict(comment="a comment")), "cmyk.jpg": (rgb.convert("CMYK"), {}),
         "slow.jpg": (rgb, dict(progressive=True, exif=exif)), "rgb.tif": (rgb, dict(exif=exif)),
@@ -50,8 +50,8 @@ def seeds():
         "jpeg.tif": (rgb, dict(compression="jpeg")), "1.tif": (rgb.convert("1"), dict(compression="group4")),
         "palette.gif": (palette, dict(transparency=3)), "rgb.webp": (rgb, dict(exif=exif)),
         "film.gif": (palette, dict(save_all=True, append_images=[grey])),
-        "rgba.webp": (rgba, dict(lossless=True)), "film.webp": (rgba, dict(save_all=True, append_images=[rgb])),
-        "rgb.bmp": (rgb, {}), "rgb.ppm": (rgb, {}), "real.pfm": (real, {}),
+        "rgba.webp": (rgba, dict(lossless=True)), "rgb.bmp": (rgb, {}), "rgb.ppm": (rgb, {}),
+        "film.webp": (rgba, dict(save_all=True, append_images=[rgb])), "real.pfm": (real, {}),
     }  # fmt: skip
     formats, files = dict(jpg="JPEG", tif="TIFF", pfm="PPM"), {}
     for name, (image, options) in kinds.items():
