@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse
-from tqdm import tqdm
 
 from common import cli, data, distributed, figures
 from common.device import autocast, select_device, select_precision
@@ -149,7 +148,7 @@ def evaluate(model, images, labels, size, settings, progress=""):
     resized to `size`, shared by the processes. `progress` names the progress bar."""
     model = fuse(model.eval())  # a copy, whose convolutions do the work of the batch norms after them
     logits, quiet = [], not progress or distributed.RANK > 0
-    for x in tqdm(distributed.shard(images).split(EVALUATION_BATCH), progress, leave=False, disable=quiet):
+    for x in cli.progress_bar(distributed.shard(images).split(EVALUATION_BATCH), progress, disable=quiet):
         x = data.normalize_and_resize(x, size, settings["mean"], settings["std"])
         with autocast(images.device, settings["precision"]):
             logits.append(model(x).float())
@@ -191,17 +190,16 @@ class ProgressBar:
     def epoch(self, epoch, first):
         """Opens the bar of an epoch whose first `first` steps are done; use it in a `with`."""
         settings, batch_size = self.run.settings, self.run.batch_size
-        self.bar = tqdm(
+        self.bar = cli.progress_bar(
             desc=f"epoch {epoch + 1}/{settings['epochs']}, {settings['sizes'][epoch]} px", unit=" images",
-            total=self.run.steps * batch_size, initial=first * batch_size, leave=False, dynamic_ncols=True,
-            disable=distributed.RANK > 0,
+            total=self.run.steps * batch_size, initial=first * batch_size, disable=distributed.RANK > 0,
         )  # fmt: skip
         return self.bar
 
     def update(self, iteration):
         """Call it after each step; `iteration` counts those that are done."""
         done, left = self.work[iteration] - self.work[self.first], self.work[-1] - self.work[iteration]
-        self.page.eta = tqdm.format_interval((time.time() - self.began) * left / done)
+        self.page.eta = self.bar.format_interval((time.time() - self.began) * left / done)
         if self.run.iteration:  # it lags by one
             loss, accuracy = (self.run.history[key][-1] for key in ("loss", "accuracy"))
             latest = f"loss {loss:.3f}, accuracy {accuracy:.1%}, run {self.page.eta} left"
@@ -394,10 +392,10 @@ def evaluate_weights(args, device):
     if distributed.RANK:
         return  # the first process reports
     counts = figures.confusion_matrix(dataset.test_labels, logits)
-    for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
-        print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / row.sum().clamp(min=1):.1%}")
     title = f"Confusion matrix of the {dataset.test_split} set (accuracy {accuracy:.2%})"
     client.save_figure(figures.confusion(counts, dataset.classes, title), args, "confusion.png")
+    for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
+        print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / row.sum().clamp(min=1):.1%}")
 
 
 @cli.command

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
+sys.path.append(str(Path(__file__).parent.parent))  # for `python benchmarks/throughput.py`
+
 import train
 from common import cli, data, distributed
 from common.device import autocast, memory_format, select_device, select_precision
@@ -111,10 +113,10 @@ def peak_memory(device):
 def measure(pipeline, processes=1, **options):
     """What `pipeline` returns in a process of its own, since the allocator's settings are those of a whole
     process, or in so many `processes` by torchrun, which gives each of them one thread."""
-    command = [sys.executable, "-m"]
+    command = [sys.executable]
     if processes > 1:
-        command += f"torch.distributed.run --standalone --nproc-per-node {processes} -m".split()
-    command += ["benchmarks.throughput", "--child", json.dumps([pipeline.__name__, options])]
+        command += f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    command += [__file__, "--child", json.dumps([pipeline.__name__, options])]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         print(result.stderr, file=sys.stderr)

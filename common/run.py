@@ -242,11 +242,19 @@ def load_for_resume(args):
     try:
         values = {flag: saved["settings"]["sizes" if flag == "size" else flag] for flag in flags}
         values["size"] = values["size"][0] if len(set(values["size"])) == 1 else "by its recipe"
+        warmup, done = saved["settings"]["warmup"], len(saved["history"]["epochs"])
         saved["optimizer"], saved["history"]["loss"]
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{path} is no checkpoint of a run: --out names the folder of one")
+    if warmup is None and done < (args.epochs or 0):  # a constant learning rate goes on as long as one likes
+        settings = saved["settings"]
+        values["epochs"] = settings["epochs"] = args.epochs
+        settings["sizes"] = (settings["sizes"] + settings["sizes"][-1:] * args.epochs)[: args.epochs]
     for flag, value in values.items():
         if (requested := getattr(args, flag)) not in (None, "auto", value):
             problem = f"the run in {args.out} has --{flag.replace('_', '-')} {value}, not {requested}"
-            raise UserError(f"{problem}: resume it with that, or start another with --out")
+            way_out = "resume it with that, or start another with --out"
+            if flag == "epochs":
+                way_out += f", from its weights with --init {args.out / 'weights.pt'}"
+            raise UserError(f"{problem}: {way_out}")
     return saved

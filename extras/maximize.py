@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import cli, data, figures, inside, responses
 from common.device import select_device
@@ -59,7 +58,7 @@ def maximize(network, layer, channel, steps=200, seed=0):
     spectrum = random_spectrum(network.size, seed).to(network.model.fc.weight.device).requires_grad_()
     optimizer = torch.optim.Adam([spectrum], lr=0.05)
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(steps), f"exciting map {channel} of {layer}", leave=False):
+    for _ in cli.progress_bar(range(steps), f"exciting map {channel} of {layer}"):
         image = jitter(to_image(spectrum), generator)
         goal = mean_activation(network, image, layer, channel, leak=0.01)  # a silent map has a gradient too
         (spectrum.grad,) = torch.autograd.grad(-goal, spectrum)

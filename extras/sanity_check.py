@@ -33,13 +33,14 @@ def main(argv=None):
     for channel in inside.choose_maps(maps, args.map):
         if not maps[0, channel].any():
             raise cli.UserError(inside.describe_map(maps, args.layer, channel))
-        figure = compare(network.model, x, args.layer, channel, name)
+        figure, lines = compare(network.model, x, args.layer, channel, name)
         save_figure(figure, args, f"sanity_{args.layer}_map{channel}.png")
+        print("\n".join(lines))
 
 
 def compare(model, x, layer, channel, name):
-    """A figure of the patterns, a row a method and a column for each further stage that is randomised; prints
-    how similar they are to the trained network's."""
+    """(a figure of the patterns, a row a method and a column for each further stage that is randomised; lines
+    that tell how similar they are to the trained network's)."""
     stages = inside.STAGES[inside.STAGES.index(layer) :: -1]  # those that the map depends on, from the top
     columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
     figure = figures.Figure(figsize=(1.75 * len(columns), 6.4), layout="constrained")
@@ -66,9 +67,7 @@ def compare(model, x, layer, channel, name):
             rank, ssim = (f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in measures)
             axis.set_xlabel(f"{figures.largest(patterns[0])}\nrank {rank}\nSSIM {ssim}", fontsize=8)
             results[method].append(f"{column} {rank} {ssim}")
-    for method, texts in results.items():
-        print(f"{method}, rank correlation and SSIM: {', '.join(texts)}")
-    return figure
+    return figure, [f"{name}, rank correlation and SSIM: {', '.join(t)}" for name, t in results.items()]
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))  # for `python tests/kill_and_resume.py`
+
 from common import checkpoint, cli
 
 RUN = (
-    "--dataset digits --limit 256 --batch-size 64 --size 32 --precision fp32 --seed 3 --save-every 0 "
+    "--dataset digits --recipe standard --limit 256 --batch-size 64 --size 32 --precision fp32 --seed 3 --save-every 0 "
     "--no-visdom --device cpu"
 )
 
@@ -54,7 +56,7 @@ def end_of(out):
     """What a run ended with, by name, tensors as bytes; tables as rows, without an epoch's seconds."""
     saved = checkpoint.load(out / "last.pt")
     momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
-    momenta += [state["momentum"] for state in saved["muon"]["state"].values()]
+    momenta += [state["momentum"] for state in saved.get("muon", {"state": {}})["state"].values()]
     epochs = [row.rsplit(",", 1)[0] for row in (out / "metrics.csv").read_text().splitlines()]
     return {
         "weights": [tensor.numpy().tobytes() for tensor in saved["model"].values()],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from common import data, device
+from common import cli, data, device
 from common.device import select_precision
 from common.muon import Muon
 
@@ -131,7 +131,7 @@ def test_stopped_and_resumed_is_as_never_stopped(
 
 def test_bar_tells_loss_and_time_left_while_every_step_is_saved(tmp_path, small_network, monkeypatch):
     postfixes = []
-    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text, refresh: postfixes.append(text))
+    monkeypatch.setattr(cli.tqdm, "set_postfix_str", lambda bar, text, refresh: postfixes.append(text))
     start(tmp_path, "--epochs", "1", "--save-every", "0")
     assert len(postfixes) == 2 and all(
         re.fullmatch(r"loss \S+, accuracy \S+%, run 00:0\d left", s) for s in postfixes
