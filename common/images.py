@@ -87,7 +87,7 @@ def _to_8_bits(image):
     the first of `DEPTHS` that holds them all, others from their own lowest to their own highest. Raises
     `ValueError` for NaN or infinity."""
     tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
-    if image.mode == "I" and tags.get(TiffImagePlugin.SAMPLEFORMAT) in (1, (1,)):
+    if image.mode == "I" and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
         values = values.view(np.uint32)  # PIL takes them for signed
     if not np.isfinite(values).all():
         raise ValueError("it has values that are not finite")

@@ -11,6 +11,7 @@ from PIL import Image
 from common.cli import UserError
 from common.images import read_image
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # as in a script: pytest would show them all
 
 def test_an_image_file_is_cropped_and_shrunk(tmp_path):
     wide = np.zeros((64, 200, 3), np.uint8)
@@ -81,7 +82,11 @@ def test_deep_images_are_scaled_to_what_they_show(name, tmp_path):
 
 def test_32_bits_without_a_sign_and_white_at_zero(tmp_path):
     values = (RAMP * (2**32 - 1)).astype(np.uint32)
-    Image.fromarray(values.view(np.int32)).save(tmp_path / "x.tif", tiffinfo={339: 1})
+    Image.fromarray(values.view(np.int32)).save(tmp_path / "x.tif")  # signed, says its field 339
+    signed = (tmp_path / "x.tif").read_bytes()
+    unsigned = signed.replace(struct.pack("<HHIH", 339, 3, 1, 2), struct.pack("<HHIH", 339, 3, 1, 1))
+    assert unsigned != signed
+    (tmp_path / "x.tif").write_bytes(unsigned)
     assert np.abs(greys(tmp_path / "x.tif") - 255 * RAMP).max() <= 1
     Image.fromarray((RAMP * 65535).astype(np.uint16)).save(tmp_path / "y.tif", tiffinfo={262: 0})
     assert np.abs(greys(tmp_path / "y.tif") - 255 * (1 - RAMP)).max() <= 1
@@ -234,10 +239,10 @@ def test_whatever_a_decoder_raises_is_one_line(error, tmp_path, monkeypatch):
 
 
 def test_damaged_files_give_an_image_or_one_line(capfd):
-    problems = fuzz_images.main(["--count", "1500"])
+    problems = fuzz_images.main(["--count", "1000"])
     out, err = capfd.readouterr()
-    assert out.startswith("1,500 damaged files in ") and not err  # libtiff has its own way of printing
-    assert 200 < sum(problems.values()) < 1400 and len(problems) > 50
+    assert out.startswith("1,000 damaged files in ") and not err  # libtiff has its own way of printing
+    assert 200 < sum(problems.values()) < 900 and len(problems) > 50
 
 
 def test_fuzz_notices_a_traceback(tmp_path, monkeypatch, capsys):

@@ -82,7 +82,7 @@ def test_without_data_a_photograph_is_used(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     test_recon_conv1.main(["--weights", str(run / "weights.pt")])
     printed = capsys.readouterr().out
-    assert "no CIFAR-10 in data" in printed and "photograph of a flower" in printed
+    assert "no CIFAR-10 in data" in printed and "photograph of a cat" in printed
     assert len(list((tmp_path / "figures").iterdir())) == 1
 
 
