@@ -1,6 +1,7 @@
 """Saving and loading: whole files or none, and never a pickle that could run something."""
 
 import contextlib
+import csv
 import io
 import os
 import re
@@ -32,6 +33,15 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):  # it has been moved, or the disk has become read-only
             temporary.unlink()
+
+
+def save_table(rows, path):
+    """Writes `rows` of cells as CSV by `atomic_write`, and prints the path."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+    print(path)
 
 
 def save(content, path):
@@ -71,9 +81,9 @@ def load(path):
                     raise zipfile.BadZipFile
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises half a dozen kinds, by what the file turns out to be
+    except Exception as error:  # there are a dozen kinds, by what the file turns out to be
+        if getattr(error, "filename", None):  # it cannot be read at all
+            raise
         with open(path, "rb") as file:
             pickled = re.match(rb"\x80[\x03-\x05]", file.read(2))  # by pickle itself: torch's protocol is 2
         if pickled or re.search("GLOBAL|TorchScript|Can only (create|build)|call reduce", str(error)):

@@ -18,7 +18,7 @@ PATTERN = "the pattern, by {}\n(grey is zero, {})"  # the caption
 
 
 def drawable(text):
-    """The text with "?" for each character that the font lacks, as it may in the name of a file or a class."""
+    """The text with "?" for what the font lacks, as it may of the name of a file or a class."""
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "?" for c in text)
 
@@ -146,18 +146,25 @@ def grid(cells, columns, title, scale=None, label="", signed=False):
 
 def column_chart(values, marked, title, label):
     """A figure with a column for each of `values` [N]; number `marked` stands out, with its value."""
-    values = values.cpu().numpy()
     axes = Figure(figsize=(11, 4.2), layout="constrained").subplots()
+    columns(axes, values, [marked], title, label)
+    return axes.figure
+
+
+def columns(axes, values, marked, title, label, text="map {}: {:.3f}"):
+    """Draws a column for each of `values` [N]; those in `marked` stand out, each with its `text`."""
+    values = values.cpu().numpy()
     width = 1.0 if len(values) > 100 else 0.8
     axes.bar(range(len(values)), values, width, color="#4c78a8")
     axes.bar(marked, values[marked], width, color="#e4572e")
-    side = "left" if marked < len(values) / 10 else "right" if marked > len(values) * 0.9 else "center"
-    options = dict(textcoords="offset points", ha=side, color="#b03a16")
-    axes.annotate(f"map {marked}: {values[marked]:.3f}", (marked, values[marked]), (0, 4), **options)
+    for n in marked:
+        side = "left" if n < len(values) / 10 else "right" if n > len(values) * 0.9 else "center"
+        offset = (0, 4 if values[n] >= 0 else -12)
+        options = dict(textcoords="offset points", ha=side, color="#b03a16")
+        axes.annotate(text.format(n, values[n]), (n, values[n]), offset, **options)
     axes.set(title=title, xlabel="feature map", ylabel=label, xlim=(-1, len(values)))
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    return axes.figure
 
 
 def running_mean(losses):
@@ -202,6 +209,24 @@ def accuracy_curve(epochs, last_size, title):
     axes.legend(frameon=False, loc="upper left")
     axes.grid(alpha=0.3)
     return axes.figure
+
+
+def mistakes(images, rows, split):
+    """A sheet of the fifty most confident mistakes, the first of what `inside.mistakes` returned, among
+    images uint8 [N, 3, S, S]."""
+    count = min(50, len(rows))
+    figure = Figure(figsize=(13, 1.2 + 1.75 * math.ceil(count / 10)), layout="constrained")
+    figure.suptitle(f"The {count} most confident of {len(rows):,} mistakes on the {split} set")
+    cells = list(figure.subplots(math.ceil(count / 10), 10, squeeze=False).flat)
+    for axes, (number, name, said, confidence) in zip(cells, rows):
+        show(axes, images[number])
+        axes.set_title(f"{number}: {name}", fontsize=8)
+        axes.set_xlabel(f"{said} {confidence:.1%}", fontsize=8, color="#b03a16")
+    for axes in cells[count:]:
+        axes.set_axis_off()
+    text = """Above an image: its number and what it is. Below it: what the network says, and its confidence.
+        python -m extras.decision --image NUMBER tells why."""
+    return explain(figure, text)
 
 
 def confusion_matrix(labels, logits):

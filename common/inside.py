@@ -41,6 +41,38 @@ def mean_activations(maps):
     return maps[0].detach().mean((1, 2))
 
 
+def contributions(model, means):
+    """What each map of conv5_x adds to each class's logit, [classes, maps], from the maps' mean activations
+    [maps]. Only average pooling and fc come after it, so these and fc's bias add up to the logit exactly."""
+    return model.fc.weight.detach() * means
+
+
+def class_gradients(model, x, label):
+    """The gradients [N, 3, H, W] of the logit of class `label`, for each of the images `x`, by their
+    pixels."""
+    parts = [part.detach().requires_grad_() for part in x.split(16)]
+    return torch.cat([torch.autograd.grad(model(part)[:, label].sum(), part)[0] for part in parts])
+
+
+def mistakes(labels, logits, classes):
+    """[(number of an image, its class, the class that the network says, its confidence 0 … 1)] of the images
+    taken for another class, the most confident first, from labels [N] and logits [N, classes]."""
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    numbers = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    names = ([classes[n] for n in found[numbers]] for found in (labels, predicted))
+    return list(zip(numbers.tolist(), *names, confidence[numbers].tolist()))
+
+
+def choose_classes(probabilities, classes, names):
+    """The numbers of the most probable class and of those that --class `names`, or else of the second most
+    probable, from probabilities [classes]. Raises `UserError`."""
+    if unknown := set(names) - set(classes):
+        raise UserError(f"no class {unknown.pop()!r}: --class takes {', '.join(classes)}")
+    order = probabilities.argsort(descending=True).tolist()
+    return list(dict.fromkeys([order[0], *([classes.index(name) for name in names] or order[1:2])]))
+
+
 def choose_maps(maps, selection):
     """Channels of `maps`, [1, channels, h, w], for --map "7", "7,43", "strongest:3". Raises `UserError`."""
     kind, _, count = selection.partition(":")

@@ -1,4 +1,4 @@
-"""The evidence for a class in an image: Grad-CAM over conv5_x (Selvaraju et al. 2016,
+"""The evidence for a class in an image: Grad-CAM over conv5_x or any other stage (Selvaraju et al. 2016,
 https://arxiv.org/abs/1610.02391), for what the network says and for any other class.
 
 python -m extras.gradcam --image 15 --class cat --class horse"""
@@ -10,40 +10,39 @@ from common.network import from_flags
 from common.page.client import save_figure
 
 
-def gradcam(model, x, label):
+def gradcam(model, x, label, layer="conv5_x"):
     """Where in the image `x`, [1, 3, H, W] normalised, the evidence for class `label` is: [h, w], the maps of
-    conv5_x, each weighted by the mean gradient of the class's logit, and of their sum what is positive."""
-    maps, logits = inside.feature_maps(model, x, "conv5_x", "fc")
+    `layer`, each weighted by the mean gradient of the class's logit, and of their sum what is positive."""
+    maps, logits = inside.feature_maps(model, x, layer, "fc")
     (gradient,) = torch.autograd.grad(logits[0, label], maps)
     weights = gradient.mean((2, 3), keepdim=True)
     return (weights * maps).sum(1)[0].relu().detach()
 
 
+def draw(network, image, name, x, names=(), layer="conv5_x"):
+    """A figure of the evidence for the class that the network says and for those in `names`, on one scale."""
+    probabilities = network.model(x)[0].detach().softmax(0)
+    labels = inside.choose_classes(probabilities, network.classes, names)
+    captions = [f"for {network.classes[n]} (probability {probabilities[n]:.1%})" for n in labels]
+    evidence = torch.stack([gradcam(network.model, x, label, layer) for label in labels])
+    title = f"Where the evidence for a class is in the image, by Grad-CAM over {layer}"
+    figure = figures.side_by_side([image] * (1 + len(labels)), [name, *captions], title)
+    for axes, heat in zip(figure.axes[1:], evidence):
+        shown = figures.overlay(axes, image, heat, float(evidence.max()))
+    figure.colorbar(shown, ax=figure.axes[-1], label="evidence (one scale)", shrink=0.7)
+    text = f"""Bright is where the maps of {layer} respond that raise this class's logit, each weighted by how
+    much it does. Their positions are coarse, and what speaks against the class is left out."""
+    return figures.explain(figure, text)
+
+
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device", "port")
-    parser.add_argument("--class", dest="names", action="append", default=[], metavar="NAME",
-        help="a further class (default: the second most probable)")  # fmt: skip
+    flags = "weights", "dataset", "data", "image", "class", "out", "device", "port"
+    parser = cli.parser(__doc__, *flags)
+    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     args = parser.parse_args(argv)
-    network, image, name, x = from_flags(args)
-    probabilities = network.model(x)[0].softmax(0)
-    order = probabilities.argsort(descending=True).tolist()
-    if unknown := set(args.names) - set(network.classes):
-        raise cli.UserError(f"no class {unknown.pop()!r}: --class takes {', '.join(network.classes)}")
-    others = [network.classes.index(other) for other in args.names] or order[1:2]
-    labels = list(dict.fromkeys([order[0], *others]))
-    captions = [f"for {network.classes[n]} (probability {probabilities[n]:.1%})" for n in labels]
-    evidence = [gradcam(network.model, x, label).cpu() for label in labels]
-
-    grey = (image.float().mean(0, keepdim=True) / 255).expand(3, -1, -1)
-    images, title = [image, *[grey] * len(labels)], "Where the evidence for a class is in the image"
-    figure = figures.side_by_side(images, [name, *captions], title)
-    largest = float(torch.stack(evidence).max()) or 1.0  # one scale
-    options = dict(cmap="inferno", alpha=0.6, vmin=0, vmax=largest, interpolation="bilinear")
-    for axes, heat in zip(figure.axes[1:], evidence):
-        shown = axes.imshow(heat.numpy(), extent=axes.images[0].get_extent(), **options)
-    figure.colorbar(shown, ax=axes, label="evidence (one scale)", shrink=0.7)
-    save_figure(figure, args, "gradcam.png")
+    end = "" if args.layer == "conv5_x" else f"_{args.layer}"
+    save_figure(draw(*from_flags(args), args.names, args.layer), args, f"gradcam{end}.png")
 
 
 if __name__ == "__main__":

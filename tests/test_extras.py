@@ -1,5 +1,6 @@
 """What goes beyond the report, each against an independent reference."""
 
+import csv
 import re
 
 import captum.attr
@@ -9,9 +10,20 @@ import scipy.stats
 import torch
 from PIL import Image
 
+import train
 from common import data, figures, inside, responses
 from common.network import load_network
-from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
+from extras import (
+    ablation,
+    attribution,
+    decision,
+    deletion,
+    gradcam,
+    maximize,
+    reconstruct,
+    sanity_check,
+    top_pictures,
+)
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +226,8 @@ def test_every_pattern_tells_its_largest_value(flags, tmp_path, monkeypatch):
     drawn, real = [], figures.pattern_image
     monkeypatch.setattr(figures, "pattern_image", lambda p: drawn.append(p.abs().max()) or real(p))
     texts = []
-    monkeypatch.setattr(reconstruct, "save_figure", lambda figure, *rest: texts.append(labels(figure)))
-    monkeypatch.setattr(sanity_check, "save_figure", lambda figure, *rest: texts.append(labels(figure)))
+    monkeypatch.setattr(reconstruct, "save_figure", lambda figure, *rest: texts.append(labels_of(figure)))
+    monkeypatch.setattr(sanity_check, "save_figure", lambda figure, *rest: texts.append(labels_of(figure)))
     reconstruct.main([*flags])
     reconstruct.main([*flags, "--layer", "conv2_x", "--unit", "max"])
     sanity_check.main([*flags, "--layer", "conv2_x"])
@@ -224,7 +236,7 @@ def test_every_pattern_tells_its_largest_value(flags, tmp_path, monkeypatch):
         assert f"full contrast ±{value:.2g}" in " ".join(texts)
 
 
-def labels(figure):
+def labels_of(figure):
     return " ".join(axes.get_xlabel() for axes in figure.axes)
 
 
@@ -247,3 +259,202 @@ def test_sanity_check_draws_and_prints_every_network(flags, tmp_path, capsys, la
         numbers = [float(number) for number in re.findall(r" (-?\d\.\d\d)", line)]
         assert len(numbers) == 2 * count and all(-1 <= number <= 1 for number in numbers)
         assert min(numbers) < 0.99 and f"{layer} randomised" in line and "and conv1" in line
+
+
+ALSO = pytest.mark.parametrize("label", [0, 3])
+
+
+@pytest.fixture(scope="module")
+def x(network):
+    return network.preprocess(data.load("digits", "").test_images[5])
+
+
+@pytest.mark.parametrize("layer", inside.STAGES)
+def test_gradcam_of_every_stage_is_captums(network, x, layer):
+    method = captum.attr.LayerGradCam(network.model, network.model.get_submodule(layer))
+    expected = method.attribute(x, 5, relu_attributions=True)[0, 0]
+    ours = gradcam.gradcam(network.model, x, 5, layer)
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1e-6)
+
+
+@ALSO
+def test_integrated_gradients_are_captums_and_add_up(network, x, label):
+    ours = attribution.integrated_gradients(network.model, x, label)
+    expected = captum.attr.IntegratedGradients(network.model).attribute(x, target=label, n_steps=25)[0]
+    assert ours.shape == (3, 32, 32) and (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+    with torch.no_grad():
+        logits = network.model(torch.cat((x, torch.zeros_like(x))))[:, label]
+    many = attribution.integrated_gradients(network.model, x, label, steps=200)
+    assert float(many.sum()) == pytest.approx(float(logits[0] - logits[1]), rel=0.02)
+
+
+@ALSO
+def test_smooth_grad_is_captums(network, x, label):
+    ours = attribution.smooth_grad(network.model, x, label)
+    saliency, width = captum.attr.Saliency(network.model), 0.15 * float(x.max() - x.min())
+    torch.manual_seed(0)  # the same noise
+    options = dict(nt_type="smoothgrad", nt_samples=25, stdevs=width, target=label, abs=False)
+    expected = captum.attr.NoiseTunnel(saliency).attribute(x, **options)[0]
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@ALSO
+@pytest.mark.parametrize("side", [32, 64, 50])
+def test_occlusion_is_captums(network, x, label, side):
+    x = torch.nn.functional.interpolate(x, side)
+    step = side // 14
+    windows = dict(sliding_window_shapes=(3, 2 * step, 2 * step), strides=(3, step, step))
+    expected = captum.attr.Occlusion(network.model).attribute(
+        x, target=label, **windows, perturbations_per_eval=64
+    )
+    ours = attribution.occlusion(network.model, x, label)
+    assert (ours - expected[0]).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_attribution_draws_a_row_for_each_class(flags, tmp_path, monkeypatch):
+    found, real = [], attribution.save_figure
+    monkeypatch.setattr(attribution, "save_figure", lambda *args: found.append(args[0]) or real(*args))
+    attribution.main([*flags, "--image", "3", "--class", "4", "--class", "9"])
+    drawn(tmp_path, "attribution.png")
+    said = found[0].axes[0].get_ylabel().splitlines()[0]
+    assert len([axes for axes in found[0].axes if axes.images]) == 5 * len({said, "4", "9"})
+    assert labels_of(found[0]).count("evidence, largest ") == 4  # the scale of each method
+
+
+def test_a_decision_adds_up_to_the_logits(network, x):
+    labels = [5, 2]
+    maps, logits, parts, strongest = decision.decide(network.model, x, labels)
+    with torch.no_grad():
+        expected = network.model(x)[0, labels]
+    sums = parts.sum(1) + network.model.fc.bias.detach()[labels]
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    order = (parts[0] - parts[1]).argsort(descending=True)
+    assert strongest == [*order[:3].tolist(), int(order[-1])]
+    silent = maps.clone()
+    silent[0, strongest[0]] = 0
+    with torch.no_grad():  # a part is what the logit loses without its map
+        without = network.model.fc(network.model.avgpool(silent))[0, labels]
+    torch.testing.assert_close(expected - without, parts[:, strongest[0]], rtol=0, atol=1e-4)
+
+
+def test_a_decision_is_against_what_the_image_is(network, flags, tmp_path, capsys):
+    images, labels = data.load("digits", "")[2:4]
+    with torch.no_grad():
+        predicted = network.model(network.preprocess(images)).argmax(1)
+    wrong, right = (int(found.nonzero()[0]) for found in (predicted != labels, predicted == labels))
+    decision.main([*flags, "--image", str(wrong)])
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if ": logit" in line or line.startswith("map ")]
+    drawn(tmp_path, "decision.png")
+    assert lines[0].startswith(f"{predicted[wrong]}: logit")
+    assert lines[1].startswith(f"{labels[wrong]}: logit")
+    assert len(lines) == 2 + 4
+    said, flags = int(predicted[right]), [*flags, "--image", str(right)]
+    decision.main([*flags, "--class", str((said + 3) % 10)])
+    assert f"\n{(said + 3) % 10}: logit" in capsys.readouterr().out
+    for names in [said], [(said + 1) % 10, (said + 2) % 10]:
+        with pytest.raises(SystemExit):
+            decision.main([*flags, *(word for name in names for word in ("--class", str(name)))])
+        assert f"the network says {said}: --class takes one other class" in capsys.readouterr().err
+
+
+def test_ablation_is_zeroing_the_map(network):
+    images = data.load("digits", "").test_images[:100]
+    with torch.no_grad():  # this network has learned little: let most of what it says be right
+        labels = network.model(network.preprocess(images)).argmax(1)
+    labels[::4] = torch.arange(25) % 10
+    found = responses.strongest(network, images)
+    table, spare, without_spare = ablation.ablate(network.model, found["conv5_x"][3], labels)
+    assert table.shape == (513, 11) and 0.75 <= table[0, 0] < 1 and (table[1:, 0] < table[0, 0]).sum() > 3
+
+    def really(channels):
+        def hook(module, args, output):
+            output = output.clone()
+            output[:, channels] = 0
+            return output
+
+        with torch.no_grad(), network.model.conv5_x.register_forward_hook(hook):
+            right = (network.model(network.preprocess(images)).argmax(1) == labels).float()
+        return torch.stack([right.mean(), *(right[labels == n].mean() for n in range(10))])
+
+    torch.testing.assert_close(table[0], really([]))
+    for channel in 0, 511, int(table[1:, 0].argmin()), int(table[1:, 0].argmax()):
+        torch.testing.assert_close(table[1 + channel], really([channel]))
+    assert spare == [n for n in range(512) if table[1 + n, 0] >= table[0, 0]]
+    assert float(really(spare)[0]) == pytest.approx(without_spare)
+
+
+def test_ablation_writes_its_table(flags, tmp_path, capsys):
+    ablation.main(flags)
+    drawn(tmp_path, "ablation.png")
+    with open(tmp_path / "figures/ablation.csv") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["left out", "all", *map(str, range(10))] and len(rows) == 514
+    assert [row[0] for row in rows[1:4]] == ["none", "0", "1"]
+    assert all(0 <= float(value) <= 1 for row in rows[1:] for value in row[1:])
+    assert "of 512 maps cost nothing, each alone; without all of them: " in capsys.readouterr().out
+
+
+class Brightness(torch.nn.Module):
+    """Takes an image for class 1 as far as the middle of it is bright."""
+
+    fc = torch.nn.Linear(1, 2)
+
+    def forward(self, x):
+        bright = x[:, :, 12:20, 12:20].mean((1, 2, 3))
+        return torch.stack((-bright, bright), 1)
+
+
+def test_deletion_blurs_what_has_most_evidence_first(network):
+    network = network._replace(model=Brightness(), mean=(0.3,) * 3, std=(0.1,) * 3)
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, 12:20, 12:20] = 255
+    evidence = torch.zeros(64, 64)
+    evidence[24:40, 24:40] = 1 + torch.rand(16, 16)
+    right, wrong = deletion.curve(network, image, evidence, 1), deletion.curve(network, image, -evidence, 1)
+    assert len(right) == len(wrong) == deletion.STEPS + 1
+    assert right[0] == wrong[0] > 0.99 and right[-1] == wrong[-1] < 0.9
+    torch.testing.assert_close(
+        right[1:], right[-1:].expand(16), rtol=0, atol=1e-5
+    )  # all 64 in the first step
+    torch.testing.assert_close(wrong[:-1], wrong[:1].expand(16), rtol=0, atol=1e-5)
+    (area, spread, share), (other, _, same) = deletion.summary(
+        {"right": torch.stack((right, right)), "random order": torch.stack((wrong, wrong))}
+    ).values()
+    assert area < other and spread == 0 and share == 1 and same == 0
+    assert area == pytest.approx(float(np.trapezoid(right.numpy(), dx=1 / 16)), abs=1e-6)
+
+
+def test_deletion_draws_and_writes_its_table(flags, tmp_path, capsys):
+    deletion.main([*flags, "--count", "3"])
+    drawn(tmp_path, "deletion.png")
+    with open(tmp_path / "figures/deletion.csv") as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows[1:]] == [*attribution.METHODS, "random order"]
+    assert all(0 <= float(value) <= 1 for row in rows[1:] for value in row[1:])
+    assert rows[1][1] in capsys.readouterr().out
+
+
+def test_evaluation_writes_the_mistakes(run, flags, tmp_path):
+    train.main(["--evaluate", *flags, "--precision", "fp32"])
+    network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
+    images, labels = data.load("digits", "")[2:4]
+    with torch.no_grad():
+        confidence, predicted = network.model(network.preprocess(images)).softmax(1).max(1)
+    with open(tmp_path / "figures/mistakes.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {int(row["number"]) for row in rows} == set((predicted != labels).nonzero().flatten().tolist())
+    for row in rows:
+        number = int(row["number"])
+        assert (row["class"], row["said"]) == (str(int(labels[number])), str(int(predicted[number])))
+        assert float(row["confidence"]) == pytest.approx(float(confidence[number]), abs=1e-3)
+    confidences = [float(row["confidence"]) for row in rows]
+    assert confidences == sorted(confidences, reverse=True)
+    drawn(tmp_path, "mistakes.png")
+
+
+def test_no_mistakes_make_an_empty_table():
+    assert inside.mistakes(torch.tensor([0, 1]), torch.eye(2), ["a", "b"]) == []
+    (row,) = inside.mistakes(torch.tensor([0, 0]), torch.eye(2), ["a", "b"])
+    assert row[:3] == (1, "a", "b") and row[3] == pytest.approx(torch.eye(2).softmax(1)[0, 0].item())
