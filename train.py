@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse
 
-from common import cli, data, distributed, figures
+from common import checkpoint, cli, data, distributed, figures, inside
 from common.device import autocast, select_device, select_precision
 from common.network import load_network
 from common.page import client
@@ -394,6 +394,12 @@ def evaluate_weights(args, device):
     counts = figures.confusion_matrix(dataset.test_labels, logits)
     title = f"Confusion matrix of the {dataset.test_split} set (accuracy {accuracy:.2%})"
     client.save_figure(figures.confusion(counts, dataset.classes, title), args, "confusion.png")
+    mistakes = inside.mistakes(dataset.test_labels, logits, dataset.classes)
+    rows = [[*row[:3], f"{row[3]:.4f}"] for row in mistakes]
+    checkpoint.save_table([["number", "class", "said", "confidence"], *rows], args.out / "mistakes.csv")
+    if mistakes:
+        sheet = figures.mistakes(dataset.test_images, mistakes, dataset.test_split)
+        client.save_figure(sheet, args, "mistakes.png")
     for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
         print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / row.sum().clamp(min=1):.1%}")
 
