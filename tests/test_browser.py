@@ -1,5 +1,6 @@
 """The live page in a real browser, headless Chromium: what the user sees."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_visdom import make
 
 import test_activations
-from common import data, inside
+from common import data, inside, responses
 from common.cli import UserError
 from common.network import load_network
 from common.page import assets
@@ -22,6 +24,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
 FLAGS += "--disable-background-networking --disable-component-update"
 ROOT = Path(__file__).parent.parent
+CAPTION = "div[style*='inline-block']"  # an image with its caption
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", "figures/screenshots"))
 PANES = """() => Object.fromEntries([...document.querySelectorAll('.window')].map(pane => [
     [...pane.querySelectorAll('.pull-right')].map(title => title.innerText).join('')
@@ -77,6 +80,7 @@ def start(tmp_path, free_port):
                 return next(word for word in line.split() if word.startswith("http"))
         pytest.fail("no address was printed")
 
+    run.processes = processes
     yield run
     for process in processes:
         process.send_signal(signal.SIGINT)
@@ -125,9 +129,17 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     x = network.preprocess(test_images[0])
     (maps,) = inside.feature_maps(network.model, x, "conv5_x")
     number = inside.choose_maps(maps, "strongest:2")[1]  # the first is shown from the start
-    row, column = divmod(number, 23)  # 23 columns of 20 px
-    image.dblclick(position=dict(x=20 * column + 10, y=20 * row + 10))
+    row, column = divmod(number, 23)  # 23 columns of 23 px
+    image.dblclick(position=dict(x=23 * column + 10, y=23 * row + 10))
     page.get_by_text(f"what map {number} of conv5_x responded to").wait_for(timeout=10_000)
+    by_class = page.locator(".window", has=page.get_by_text("By class", exact=True))
+    by_class.wait_for(timeout=60_000)  # in the background, from all 360 test images
+    nine = page.locator(".window", has=page.get_by_text(f"What map {number} responds to most"))
+    found = responses.strongest(network, test_images)["conv5_x"]
+    labels = data.load("digits", "").test_labels
+    expected = [f"{labels[index]}, {value:.2f}" for index, value in zip(found[1][number], found[0][number])]
+    assert [line for line in nine.inner_text().splitlines() if ", " in line] == expected
+    assert nine.locator("img").count() == 9
     shown = page.evaluate(
         """() => { const pane = [...document.querySelectorAll('.window')].find(
             pane => pane.innerText.includes('Map and pattern'));
@@ -148,9 +160,9 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     method.select_option("gradient")
     page.get_by_text("conv3_x responded to, by the gradient").wait_for(timeout=10_000)
     test_image.select_option(index=7)
-    page.get_by_text("test image 7:").wait_for(timeout=10_000)
-    for number, x, y in ((11, 11.9, 0.1), (12, 0.1, 1.1), (127, 7.5, 10.5)):  # 12 columns of 40 px
-        image.dblclick(position=dict(x=40 * x, y=40 * y))
+    page.locator(CAPTION, has_text="test image 7:").wait_for(timeout=10_000)
+    for number, x, y in ((11, 11.9, 0.1), (12, 0.1, 1.1), (127, 7.5, 10.5)):  # 12 columns of 44 px
+        image.dblclick(position=dict(x=44 * x, y=44 * y))
         page.get_by_text(f"what map {number} of conv3_x responded to").wait_for(timeout=10_000)
         (maps,) = inside.feature_maps(network.model, network.preprocess(test_images[7]), "conv3_x")
         page.get_by_text(f"mean activation {maps[0, number].mean():.3f}").wait_for(timeout=10_000)
@@ -160,7 +172,62 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
             arg=number,
         )
     page.get_by_text("at random").click()
-    page.get_by_text("test image 7:").wait_for(state="hidden", timeout=10_000)
+    page.locator(CAPTION, has_text="test image 7:").wait_for(state="hidden", timeout=10_000)
+
+
+def test_front_page_is_there_at_any_address_and_after_a_kill(page, start, free_port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bare = f"http://127.0.0.1:{free_port}"
+    assert start(ROOT / "Myvisdom.py") == bare
+    for address in bare, f"{bare}/env/none":
+        page.goto(address)
+        page.get_by_text("No run yet").wait_for(timeout=30_000)
+        page.get_by_text("python test_recon_conv5.py").wait_for(timeout=10_000)
+    run, _ = make(free_port, "digits_2026-11-26_09-30-00", dataset="digits")
+    with run:
+        page.get_by_text("digits_2026-11-26_09-30-00").click(timeout=30_000)  # without a reload
+        page.get_by_text("Train Loss").wait_for(timeout=30_000)
+        start.processes[-1].kill()
+        start.processes[-1].wait()
+    for file in (tmp_path / "runs/visdom").glob("*.json"):
+        json.loads(file.read_text())
+    assert start(ROOT / "Myvisdom.py") == bare
+    newest = next(line for line in start.processes[-1].stdout if "newest" in line).split()[-1]
+    page.goto(newest)
+    page.get_by_text("Train Loss").wait_for(timeout=30_000)
+    page.evaluate("localStorage.setItem('envID', 'gone'); localStorage.setItem('envIDs', '[\"gone\"]')")
+    page.goto(bare)
+    page.get_by_text("digits_2026-11-26_09-30-00").wait_for(timeout=30_000)
+    screenshot(page, "front")
+
+
+def test_explorer_opens_at_once_without_data(page, start, free_port, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "own.png")
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "folder" / "blue.png")
+    (tmp_path / "folder" / "broken.png").write_text("no image")
+    explore = start(ROOT / "Myvisdom.py", "--explore", "--image", "own.png", "--image", "folder")
+    page.goto(explore)
+    page.get_by_text("Where CIFAR-10 is, this shows test images").wait_for(timeout=60_000)
+    page.locator(CAPTION, has_text="own.png").wait_for(timeout=10_000)
+    image = page.locator(".window select").nth(1)
+    names = ["own.png", "blue.png", "broken.png", "a cat", "a horse", "a rocket"]
+    assert image.locator("option").all_inner_texts() == names
+    image.select_option("a cat")
+    page.get_by_text("the network says cat").wait_for(timeout=10_000)
+    image.select_option("broken.png")
+    page.get_by_text("broken.png cannot be read as an image").wait_for(timeout=10_000)
+    image.select_option("blue.png")
+    page.locator(CAPTION, has_text="blue.png").wait_for(timeout=10_000)
+    page.goto(explore.rpartition("/env/")[0])
+    page.get_by_role("link", name="explore").click(timeout=30_000)
+    page.locator(CAPTION, has_text="blue.png").wait_for(timeout=30_000)
+    assert not (tmp_path / "data").exists()
+    start.processes[-1].send_signal(signal.SIGINT)
+    start.processes[-1].wait(timeout=60)
+    start(ROOT / "Myvisdom.py")
+    page.goto(explore)
+    page.get_by_text("opens it again").wait_for(timeout=30_000)
 
 
 def test_names_of_files_and_runs_are_only_text(page, start, run, tmp_path, free_port):

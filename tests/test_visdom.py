@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 import visdom
+from PIL import Image
 from visdom.server import build
 
 import Myvisdom
@@ -27,8 +28,10 @@ import test_filter
 import train
 from common import data
 from common.cli import UserError
-from common.page import assets, client
+from common.network import load_network
+from common.page import assets, client, explorer, front
 
+CLASSES = data.CIFAR10_CLASSES
 ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None)
 
 
@@ -408,7 +411,112 @@ def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
     (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")  # with the time it began
     saved = json.loads(file.read_text())["jsons"]
     assert len(points(saved["Train Loss"])) == len(points(saved["Validation Accuracy"])) == 1
-    assert "finished" in saved["Run"]["content"] and "standard" in saved["Run"]["content"]
+    assert "finished" in saved["Run"]["content"] and "recipe" in saved["Run"]["content"]
     told = re.search(r"batch_size</b>&emsp;</td><td>(\d+)<", saved["Run"]["content"])
     assert told[1] == "100"  # all there are, not 128
     assert not client.is_listening(port)
+
+
+def test_front_page_lists_runs_newest_first(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    servers = [client.start_server(port)]
+    wait_for(lambda: client.is_listening(port))
+    for name in "b_2026-11-25_10-00-00", "a_2026-11-26_09-30-00", "z_2026-01-02_03-04-05":
+        page, history = make(port, name, dataset="digits")
+        with page:
+            history["epochs"] += [ROW, ROW]
+    connection = client.connect(port, "main")
+    old = json.loads(connection.get_window_data("Run", "z_2026-01-02_03-04-05"))["content"]
+    old = re.sub(
+        r"finished", "running", re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "2026-01-02 03:05:00", old)
+    )
+    connection.text(old, "Run", "z_2026-01-02_03-04-05")
+    connection.text("of another program", env="<b>other")
+    names = front.draw(connection)
+    assert names == ["a_2026-11-26_09-30-00", "b_2026-11-25_10-00-00", "z_2026-01-02_03-04-05"]
+    rows = re.findall("<tr>(.*?)</tr>", panes(port, "main")["Runs"]["content"])
+    cells = [re.findall("<td.*?>(.*?)</td>", row) for row in rows[1:]]
+    assert [row[1:] for row in cells] == [
+        ["digits", "finished", "25.00%", "2026-11-26 09:30"],
+        ["digits", "finished", "25.00%", "2026-11-25 10:00"],
+        ["digits", "interrupted", "25.00%", "2026-01-02 03:04"],
+    ]
+    assert "href='/env/a_2026-11-26_09-30-00'" in cells[0][0] and "other" not in str(rows)
+    client.stop_server(servers[0])
+
+    saved = tmp_path / "runs/visdom"
+    (saved / "a_2026-11-26_09-30-00.json").write_text('{"jsons": {"Run": {"cont')  # killed as it was saved
+    (saved / "main.json").write_text("")
+    servers.append(client.start_server(port))
+    wait_for(lambda: client.is_listening(port))
+    assert front.draw(client.connect(port, "main")) == names[1:]
+    assert (saved / "a_2026-11-26_09-30-00.damaged").exists()
+    page, _ = make(port, "a_2026-11-26_09-30-00")
+    with page:  # resumed
+        wait_for(lambda: "Train Loss" in panes(port, "a_2026-11-26_09-30-00"))
+
+
+def test_run_that_is_killed_with_its_server_has_left_its_page(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, history = make(port)
+    with page:
+        saved = tmp_path / "runs/visdom/mine.json"
+        wait_for(lambda: "Run" in json.loads(saved.read_text())["jsons"])
+        history["epochs"].append(ROW)
+        page.evaluation = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), torch.eye(2)
+        wait_for(lambda: "Validation Accuracy" in json.loads(saved.read_text())["jsons"])
+
+
+def test_last_line_of_a_figure_script_says_where_its_figures_are(port, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--port", str(port)]
+    test_filter.main(flags)
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("to see them on a page too: python Myvisdom.py")
+    )
+    page, _ = make(port)
+    with page:
+        wait_for(lambda: panes(port, "mine"))
+        test_filter.main(flags)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count(f"on the page: http://127.0.0.1:{port}/env/figures") == 1
+    assert "/env/figures" in (tmp_path / "runs/visdom/main.json").read_text()
+
+
+def test_images_to_explore_are_never_downloaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "create_connection", lambda *args, **options: pytest.fail("a download"))
+    (tmp_path / "photos").mkdir()
+    for name in "b.png", "a.jpg", "photos/b.png", "photos/note.txt":
+        Image.new("RGB", (40, 40)).save(tmp_path / name, "PNG")
+
+    def chosen(*images):
+        return explorer.own_images(SimpleNamespace(image=images, dataset="cifar10", data="data"), CLASSES)
+
+    found = chosen("b.png", "photos", "a.jpg")
+    assert list(found) == ["b.png", "photos/b.png", "a.jpg"] and found["a.jpg"].shape == (3, 32, 32)
+    (tmp_path / "none").mkdir()
+    for wrong, message in (
+        ("none", "no images in the folder none"),
+        ("7", "no test image 7 without CIFAR-10"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chosen(wrong)
+    assert not (tmp_path / "data").exists()
+
+
+def test_explorer_answers_before_it_goes_on_in_the_background(run):
+    network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
+    image = data.load("digits", "").test_images[0]
+    explored = explorer.Explorer(network, {"one": image}, mock.MagicMock())
+    begun = []
+    with explored.lock:  # a click is being answered
+        thread = threading.Thread(target=lambda: begun.extend(explored.track([1, 2])))
+        thread.start()
+        time.sleep(0.3)
+        assert not begun
+    thread.join(timeout=30)
+    assert begun == [1, 2]
+    explored.closing = True
+    with pytest.raises(ConnectionError):
+        next(explored.track([1]))

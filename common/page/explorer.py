@@ -102,7 +102,7 @@ class Explorer:
             for attribute, values in self.choices.items()
         ]
         # No field to type in: where a pane has an image, visdom swallows every key.
-        fields.append(dict(type="button", name="any image", value="at random"))
+        fields.append(dict(type="button", name="or one", value="at random"))
         self.page.properties(fields, win="Choose", opts=dict(title="Choose", width=LEFT, height=155))
 
     def _draw_grid(self):
