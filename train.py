@@ -298,8 +298,9 @@ def report_accuracy(model, dataset, split, size, settings):
 
 def load_data(args, settings, device, classes=None):
     """The data set of a run on `device`, as --limit and --holdout say; `classes` as in `data.load`."""
+    splits = ["train"] if settings["holdout"] else ["test"] if args.evaluate else data.SPLITS
     with distributed.local_main_first():
-        images, labels, *test, classes, source, split = data.load(args.dataset, args.data, classes)
+        images, labels, *test, classes, source, split = data.load(args.dataset, args.data, classes, splits)
     if count := settings["holdout"]:
         if count > len(images) - 2:
             raise cli.UserError(f"--holdout {count} leaves no images to train on")
