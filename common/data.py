@@ -281,7 +281,7 @@ def select_image(image, name, directory, classes):
     `classes` are those that the network knows. Raises `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
         return read_image(image), Path(image).name
-    if image is None and not is_present(name, directory):
+    if not is_present(name, directory) and image is None:
         image, what = photograph()
         way_out = "python train.py downloads it, --data names another folder"
         print(f"no CIFAR-10 in {directory} ({way_out}): using a photograph of {what}")

@@ -13,6 +13,7 @@ from common.images import read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as in a script: pytest would show them all
 
+
 def test_an_image_file_is_cropped_and_shrunk(tmp_path):
     wide = np.zeros((64, 200, 3), np.uint8)
     wide[:, 68:132] = (10, 200, 30)  # the central square
