@@ -4,7 +4,7 @@ python train.py                        the default recipe, to runs/cifar10
 python train.py --resume               go on with it where it stopped
 python train.py --recipe quick         a shorter one, which begins with images of 128×128
 python train.py --recipe assignment    the report's own recipe
-python train.py --dataset digits --epochs 10 --size 64    try it all in minutes, with no download
+python train.py --dataset digits       try it all in two minutes, with no download
 torchrun --nproc-per-node=4 train.py   with four processes, with one GPU each if there are GPUs"""
 
 import contextlib
@@ -45,6 +45,8 @@ STANDARD = dict(
 RECIPES = {
     "standard": STANDARD,
     "quick": STANDARD | dict(epochs=5, sizes={128: 0.6, 224: 0.4}, muon_lr_factor=0.3),
+    "digits": STANDARD  # many steps an epoch, since there are 1,437 images
+    | dict(epochs=5, batch_size=16, sizes={64: 1.0}, lr=0.01, muon_lr_factor=None, flip=False),
     "assignment": dict(  # what the report did
         epochs=25,  # 9,765 iterations by the report's count
         batch_size=128,
@@ -69,7 +71,7 @@ def parse(argv):
     """The flags, with --out as a path."""
     parser = cli.parser(__doc__, "data", "dataset", "weights", "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
-    add("--recipe", choices=list(RECIPES), help="the settings to train with (default: standard)")
+    add("--recipe", choices=list(RECIPES), help="the settings to train with (default: standard, or digits)")
     add(
         "--epochs",
         type=cli.number(int, 1, 100_000),
@@ -104,7 +106,8 @@ def parse(argv):
 
 def new_settings(args, device):
     """The settings of a new run: its recipe's, with what the flags change."""
-    settings = dict(recipe=args.recipe or "standard", dataset=args.dataset)
+    default = "digits" if args.dataset == "digits" else "standard"
+    settings = dict(recipe=args.recipe or default, dataset=args.dataset)
     settings |= RECIPES[settings["recipe"]]
     for key in ("epochs", "batch_size", "lr"):
         if getattr(args, key) is not None:
@@ -379,8 +382,9 @@ def start_or_resume(args, device):
         report_accuracy(run.model, dataset, split, sizes[-1], settings)
     weights = f"--weights {shlex.quote(str(args.out / 'weights.pt'))}"
     flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
-    print(f"look inside it: python test_filter.py {weights}")
-    print(f"           and: python test_recon_conv5.py {weights}{flags}")
+    print(f"look inside it: python test_recon_conv5.py {weights}{flags}")
+    print(f"by clicks:      python Myvisdom.py --explore {weights}{flags}")
+    print("its page again: python Myvisdom.py")
 
 
 def evaluate_weights(args, device):

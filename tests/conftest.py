@@ -59,6 +59,7 @@ def free_port():
 def run(tmp_path_factory):
     """A short run on the digits: its folder and what it printed is not kept."""
     out = tmp_path_factory.mktemp("runs") / "digits"
-    flags = "--dataset digits --limit 256 --epochs 2 --size 32 --no-visdom --device cpu --precision fp32"
+    flags = "--dataset digits --limit 256 --batch-size 128 --epochs 2 --size 32 --no-visdom --device cpu "
+    flags += "--precision fp32"
     assert not train.main([*flags.split(), "--out", str(out)])
     return out

@@ -10,11 +10,15 @@ import pytest
 import torch
 
 import train
+from benchmarks import time_to_accuracy
 from common import cli, data, device
 from common.device import select_precision
 from common.muon import Muon
 
-SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
+SMALL = (
+    "--dataset digits --recipe standard --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu "
+    "--precision fp32"
+)
 
 
 def weights(out):
@@ -44,7 +48,7 @@ def test_run_writes_what_it_says(run, capsys):
 
 
 def test_training_learns(tmp_path, capsys):
-    start(tmp_path, "--limit", "400", "--batch-size", "20", "--epochs", "3", "--lr", "0.02")
+    start(tmp_path, "--recipe", "digits", "--limit", "400", "--batch-size", "20", "--epochs", "3")
     printed = capsys.readouterr().out
     assert (
         float(
@@ -54,7 +58,7 @@ def test_training_learns(tmp_path, capsys):
         )
         > 70
     )
-    assert f"python test_filter.py --weights {tmp_path}/weights.pt" in printed
+    assert f"look inside it: python test_recon_conv5.py --weights {tmp_path}/weights.pt" in printed
 
 
 def test_same_seed_same_weights_other_seed_others(tmp_path):
@@ -223,7 +227,7 @@ def test_sizes_follow_their_shares_and_end_at_the_last():
     for recipe in train.RECIPES.values():
         for epochs in range(1, 40):
             sizes = train.sizes_by_epoch(recipe["sizes"], epochs)
-            assert len(sizes) == epochs and sizes[-1] == 224 and sizes == sorted(sizes)
+            assert len(sizes) == epochs and sizes[-1] == max(recipe["sizes"]) and sizes == sorted(sizes)
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
@@ -320,7 +324,7 @@ def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch, sm
     monkeypatch.setattr(
         train, "evaluate", lambda model, images, labels, size, *rest: (size / 10, size / 1000, None)
     )
-    monkeypatch.setitem(train.RECIPES["standard"], "sizes", {32: 0.75, 40: 0.25})
+    monkeypatch.setitem(train.RECIPES["digits"], "sizes", {32: 0.75, 40: 0.25})
     flags = "--dataset digits --limit 8 --batch-size 4 --epochs 4 --no-visdom --device cpu --precision fp32"
     train.main([*flags.split(), "--out", str(tmp_path)])
     with open(tmp_path / "metrics.csv") as file:
@@ -379,3 +383,18 @@ def test_a_data_set_that_grew_is_not_resumed_on(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", "--out", str(run), "--dataset", "digits", "--no-visdom"])
     assert "has 256 training images, data now has 200" in capsys.readouterr().err
+
+
+def test_time_to_accuracy_is_when_the_last_size_first_had_it(capsys):
+    rows = [
+        dict(seconds="60", test_accuracy="0.9", last_size_accuracy=""),  # at another size
+        dict(seconds="30", test_accuracy="0.9", last_size_accuracy="0.7"),
+        dict(seconds="30", test_accuracy="0.88", last_size_accuracy="0.88"),
+        dict(seconds="60", test_accuracy="0.85", last_size_accuracy="0.85"),
+    ]
+    assert time_to_accuracy.minutes(rows, 0.8633) == (2.0, 3.0)
+    assert time_to_accuracy.minutes(rows, 0.89) == (None, 3.0)
+    time_to_accuracy.main(["weights"])  # the shipped network's own table
+    assert re.search(r"weights +11 +\d+\.\d +\d+\.\d +91\.99%", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        time_to_accuracy.main(["docs"])
