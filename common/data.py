@@ -6,6 +6,7 @@ size → network."""
 import collections
 import contextlib
 import itertools
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,8 +99,8 @@ def _form(folder):
 def _entries(folder):
     """The paths of what is in a folder, sorted, without hidden files and our own. Raises `UserError`."""
     try:
-        others = "decoded.pt", "__MACOSX"
-        return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name not in others)
+        names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+        return [folder / name for name in names if name not in ("decoded.pt", "__MACOSX")]
     except OSError as error:
         reason = "it is a link to nothing" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"the folder {folder} cannot be read ({reason}): mend it, or --data names another")
@@ -254,11 +255,11 @@ def _list_images(folder, left_out):
         )
     for label, name in enumerate(CIFAR10_CLASSES):
         entries = _entries(folders[name])
-        images = [path for path in entries if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
+        images = [path for path in entries if path.suffix.lower() in EXTENSIONS]
         if not images:
             has = f"it has {_listed(entries)}; what is read is {READABLE}"
             raise UserError(f"the class folder {folders[name]} has no images: {has}")
-        others += sorted({*entries} - {*images})
+        others += [path for path in entries if path.suffix.lower() not in EXTENSIONS]
         by_class.append([(path, label) for path in images])
     left_out.update("folders" if p.is_dir() else p.suffix.lower() or "without an extension" for p in others)
     return dict(image for row in itertools.zip_longest(*by_class) for image in row if image)

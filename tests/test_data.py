@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
+import train
 from common import archive, checkpoint, data
 from common.cli import UserError
 
@@ -246,6 +247,15 @@ def test_only_what_is_asked_for_must_be_there(tmp_path, no_download):
         data.load("cifar10", tmp_path / "other", splits=["train"])
 
 
+@pytest.mark.parametrize("split, flags", [("train", "--holdout 3"), ("test", "--evaluate")])
+def test_train_asks_only_for_what_it_needs(split, flags, tmp_path, no_download):
+    class_folders(tmp_path / split)
+    args = train.parse([*flags.split(), "--data", str(tmp_path)])
+    settings = dict(holdout=args.holdout, limit=None)
+    dataset = train.load_data(args, settings, torch.device("cpu"))
+    assert len(dataset.test_images) == (3 if args.holdout else 10)
+
+
 def test_what_is_not_asked_for_may_be_broken(tmp_path, no_download):
     class_folders(tmp_path / "train", ["cat", "kitten"])
     (tmp_path / "train" / "cat" / "2.jpg").write_text("no image")
@@ -260,9 +270,9 @@ UNFIT = {  # how a folder is made, in which of its folders the classes are, and 
     "class folders alone": ("", ["."], "no train/ and no test/ in cifar: it has airplane, .* and 4 more"),
     "val for test": ("mkdir val", ["train"], "no test/ in cifar: it has train, val, not .*--holdout N needs"),
     "one class missing": ("rm -r test/cat", BOTH, "cifar/test has no class folder cat: "),
-    "an empty class": ("rm test/cat/*", BOTH, "cifar/test/cat has no images: it has nothing; what"),
+    "an empty class": ("rm test/cat/*", BOTH, "cifar/test/cat has no images: it has nothing;"),
     "other kinds": ("cd train/cat; mv 1.png 1.heic", BOTH, "has no images: it has 1.heic; what is"),
-    "a link to nothing": ("rm -r train/cat; ln -s x train/cat", BOTH, "folder cifar/train/cat cannot be read"),
+    "a link to nothing": ("rm -r train/cat; ln -s x train/cat", BOTH, "cifar/train/cat cannot be read .it is"),
     "a file": ("rm -r train/cat; touch train/cat", BOTH, "cat cannot be read .Not a directory"),
     "train is a file": ("touch train", ["test"], "cifar/train cannot be read .Not a directory"),
     "an image links to nothing": ("ln -s x test/dog/2.jpg", BOTH, "dog/2.jpg .*it is a link to nothing"),
@@ -304,14 +314,14 @@ def test_names_that_differ_are_told(tmp_path):
 def test_folder_that_cannot_be_read_is_told(path, tmp_path, monkeypatch, no_download):
     for split in data.SPLITS:
         class_folders(tmp_path / split)
-    real = type(tmp_path).iterdir
+    real = os.listdir
 
-    def iterdir(folder):
+    def listdir(folder):
         if folder == tmp_path / path:
             raise PermissionError(errno.EACCES, "Permission denied", str(folder))
         return real(folder)
 
-    monkeypatch.setattr(type(tmp_path), "iterdir", iterdir)
+    monkeypatch.setattr(os, "listdir", listdir)
     with pytest.raises(UserError, match=f"the folder {tmp_path / path} cannot be read .Permission denied"):
         data.load("cifar10", tmp_path)
 
