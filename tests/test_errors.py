@@ -1,10 +1,12 @@
 """Wrong input: one line on stderr that names the thing and the way out, status 2, and no file touched."""
 
 import os
+import pickle
 import shutil
 import socket
 
 import kill_and_resume
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -44,6 +46,16 @@ def things(run, image_folders, tmp_path_factory):
     saved = torch.load("run/weights.pt", weights_only=True)
     torch.save(saved | {"model": ResNet18(5).state_dict()}, "five.pt")
     torch.save(saved | {"model": {}}, "nothing.pt")
+    renamed = {f"{'long' * 20}.{name}": tensor for name, tensor in saved["model"].items()}
+    torch.save(saved | {"model": renamed}, "renamed.pt")
+    torch.save(ResNet18(), "object.pt")
+    torch.save(saved | {"accuracy": np.float64(0.5)}, "numpy.pt")
+    torch.save(ResNet18(), "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(saved))
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save("script.pt")
+    content = bytearray((tmp_path / "run/weights.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # in the weights, where torch alone would not see it
+    (tmp_path / "bit.pt").write_bytes(content)
     torch.save(saved | {"classes": CIFAR10_CLASSES}, "cifar.pt")
     torch.save(torch.zeros(3), "tensor.pt")
     broken = {name: value * float("nan") for name, value in saved["model"].items() if name == "fc.weight"}
@@ -111,7 +123,7 @@ WRONG = [
     (train, f"{TRAIN} --weights run/weights.pt", "--weights goes with --evaluate"),
     (train, "--resume --out nowhere", "no run to resume in nowhere"),
     (train, "--resume --evaluate", "--resume and --evaluate exclude each other"),
-    (train, "--resume --out run --epochs 9 --dataset digits", "the run in run has --epochs 2, not 9"),
+    (train, "--resume --out run --epochs 9 --dataset digits", "from its weights with --init run/weights.pt"),
     (train, "--evaluate --weights nowhere.pt", "no weights in nowhere.pt"),
     (train, "--evaluate --weights run/weights.pt --data good", "other classes than those of cifar10: --data"),
     (test_filter, "--dataset digits", "no weights in runs/digits/weights.pt: python train.py makes them"),
@@ -126,6 +138,15 @@ WRONG = [
     (test_filter, "--weights list.pt", "list.pt was not written by train.py"),
     (test_filter, "--weights five.pt", "five.pt has weights of another network"),
     (test_filter, "--weights nothing.pt", "nothing.pt has weights of another network"),
+    (test_filter, "--weights renamed.pt", "name others with --weights"),
+    (test_filter, "--weights object.pt", "object.pt holds pickled objects, which are not loaded since they"),
+    (test_filter, "--weights legacy.pt", "legacy.pt holds pickled objects"),
+    (test_filter, "--weights script.pt", "script.pt holds pickled objects"),
+    (test_filter, "--weights pickle.pt", "save a state dict instead, torch.save(model.state_dict(), …)"),
+    (train, "--evaluate --weights numpy.pt", "numpy.pt holds pickled objects"),
+    (test_filter, "--weights bit.pt", "bit.pt is not a checkpoint, or is damaged (BadZipFile)"),
+    (test_filter, f"--weights {'folder/' * 300}w.pt", "python train.py makes them, --weights names"),
+    (test_filter, f"--weight{'s' * 500}", "(--help lists the flags)"),
     (test_filter, "--weights run/weights.pt --out file", "cannot make the folder file"),
     (test_featuremaps, "--weights run/weights.pt --image no.png", "no image no.png"),
     (test_featuremaps, "--weights run/weights.pt --image text.jpg", "text.jpg cannot be read as an image"),
@@ -194,7 +215,7 @@ def test_wrong_input_gets_one_line(script, flags, message, place, capsys):
         script.main(flags.split())
     assert stop.value.code == 2
     printed = capsys.readouterr().err.split("\r")[-1].strip()
-    assert printed.startswith("error: ") and "\n" not in printed
+    assert printed.startswith("error: ") and "\n" not in printed and len(printed) <= 300
     assert message in printed
     assert "Traceback" not in printed
     after = files(place)

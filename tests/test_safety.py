@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -10,13 +11,18 @@ from pathlib import Path
 import kill_and_resume
 import pytest
 import torch
+from torch import nn
 
 import test_filter
 import train
-from common import checkpoint, data
-from common.run import archive_previous, locked
+from common import checkpoint, cli, data
+from common.network import load_network
+from common.run import Run, archive_previous, load_for_resume, locked
 
-SMALL = "--dataset digits --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu --precision fp32"
+SMALL = (
+    "--dataset digits --recipe standard --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu "
+    "--precision fp32"
+)
 STEPS = 3  # in an epoch of it
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -201,7 +207,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys
         real(self, *args)
         steps.append(1)
         if len(steps) == 2 * STEPS:
-            self.param_groups[0]["params"][0].data[0, 0, 0, 0] = float("inf")
+            self.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     with pytest.raises(SystemExit) as stop:
@@ -239,7 +245,9 @@ def test_malicious_pickles_run_nothing(tmp_path, image_folders, monkeypatch, cap
         with pytest.raises(SystemExit) as stop:
             script.main(flags.split())
         assert stop.value.code == 2
-        assert "is not a checkpoint, or is damaged" in capsys.readouterr().err
+        assert (
+            "holds pickled objects, which are not loaded since they can run code" in capsys.readouterr().err
+        )
     for split in ("train", "test"):
         os.symlink(image_folders / split, tmp_path / "data" / split)
     assert len(data.load("cifar10", "data").train_images) == 60  # decoded again
@@ -290,3 +298,131 @@ def test_leftovers_of_a_killed_save_go_at_the_next_start(tmp_path):
         (tmp_path / f"{name}.123.tmp").write_bytes(b"half")
     start(tmp_path, "--epochs", "1")
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_failure_that_is_no_full_disk_is_not_told_as_one(tmp_path):
+    with pytest.raises(RuntimeError, match="^another$"), checkpoint.atomic_write(tmp_path / "x"):
+        raise RuntimeError("another")
+    assert not list(tmp_path.iterdir())
+
+
+def test_finished_run_goes_on_where_its_rate_is_constant(tmp_path, capsys):
+    constant = "--recipe", "assignment"
+    start(tmp_path / "whole", *constant, "--epochs", "3")
+    start(tmp_path / "parts", *constant, "--epochs", "2")
+    start(tmp_path / "parts", "--resume", *constant, "--epochs", "3")
+    assert same_end(tmp_path / "whole", tmp_path / "parts")
+    assert last(tmp_path / "parts")["settings"] | {"name": ""} == last(tmp_path / "whole")["settings"] | {
+        "name": ""
+    }
+    start(tmp_path / "other", "--recipe", "standard", "--epochs", "2")
+    for out, epochs in (("parts", "2"), ("other", "3"), ("other", "1")):
+        before = (tmp_path / out / "last.pt").read_bytes()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            start(tmp_path / out, "--resume", "--epochs", epochs, *(constant if out == "parts" else ()))
+        assert stop.value.code == 2 and before == (tmp_path / out / "last.pt").read_bytes()
+        error = capsys.readouterr().err
+        assert f"not {epochs}: " in error and f"--init {tmp_path / out}/weights.pt" in error
+
+
+def mutated(content, random):
+    """The bytes with some of them changed, left out, put in or copied elsewhere; perhaps cut."""
+    content = bytearray(content)
+    for _ in range(random.choice((1, 1, 2, 8, 40))):
+        i, j = random.randrange(len(content)), random.randrange(len(content))
+        length, kind = random.choice((1, 4, 100)), random.randrange(4)
+        if kind == 0:
+            content[i] ^= 1 << random.randrange(8)
+        elif kind == 1 and len(content) > 200:
+            del content[i : i + length]
+        elif kind == 2:
+            content[i:i] = random.randbytes(length)
+        else:
+            content[i : i + length] = content[j : j + length]
+    return bytes(content if random.random() < 0.9 else content[: random.randrange(len(content))])
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A network so small that its file has a few kilobytes, and what weights.pt holds of it."""
+
+    def network(num_classes):
+        convolution = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return nn.Sequential(*convolution, nn.Linear(4, num_classes))
+
+    monkeypatch.setattr("common.network.ResNet18", network)
+    content = dict(model=network(2).state_dict(), classes=["cat", "dog"], source="a test", settings={})
+    return content | dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), size=32, accuracy=0.5)
+
+
+def opens_or_ends_in_one_line(read, capsys):
+    """Whether `read()` opens; if it does not, it must end as a script does for an error of its user."""
+    capsys.readouterr()
+    try:
+        cli.command(lambda argv: read())([])
+        return True
+    except SystemExit as stop:
+        printed = capsys.readouterr().err
+        assert stop.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+        assert len(printed) <= 301
+        return False
+
+
+def test_damaged_weights_open_unchanged_or_end_in_one_line(tiny, tmp_path, capsys):
+    chance, opened, path = random.Random(0), 0, tmp_path / "weights.pt"
+    for zipped in True, False:
+        torch.save(tiny, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for _ in range(300):
+            path.write_bytes(mutated(whole, chance))
+            networks = []
+            if opens_or_ends_in_one_line(
+                lambda networks=networks: networks.append(load_network(path, "cifar10", torch.device("cpu"))),
+                capsys,
+            ):
+                opened += 1
+                if zipped:
+                    state = networks[0].model.state_dict()
+                    assert all(torch.equal(state[name], tiny["model"][name]) for name in state)
+    assert 10 < opened < 300
+
+
+def test_strange_weights_open_or_end_in_one_line(tiny, tmp_path, capsys):
+    strange = [None, True, -1, 10**30, float("nan"), "漢" * 5000, b"x", [], {}, (1,), [[1]], [1, 2], {1: 2}]
+    strange += [torch.zeros(0), torch.zeros(2, device="meta"), torch.tensor([float("inf")]), ("a",) * 3]
+    strange += [torch.zeros(2, 2).to_sparse(), {"module.": 1}]
+    places = [(tiny, key) for key in tiny] + [(tiny["model"], key) for key in tiny["model"]]
+    path, opened = tmp_path / "weights.pt", []
+    for value in strange:
+        for holder, key in places:
+            before, holder[key] = holder[key], value
+            torch.save(tiny, path)
+            holder[key] = before
+            if opens_or_ends_in_one_line(lambda: load_network(path, "", torch.device("cpu")), capsys):
+                opened.append((key, value))
+    assert [key for key, _ in opened] == ["source", "settings", "accuracy"] * len(strange), opened
+
+
+def test_damaged_checkpoint_of_a_run_opens_or_ends_in_one_line(tmp_path, capsys):
+    start(tmp_path, "--epochs", "1")
+    args, chance = train.parse([*SMALL.split(), "--out", str(tmp_path)]), random.Random(0)
+    path, dataset = tmp_path / "last.pt", train.load_data(args, dict(holdout=None, limit=200), "cpu")
+    whole = path.read_bytes()
+
+    def resume():
+        saved = load_for_resume(args)
+        Run(saved["settings"], dataset, tmp_path, torch.device("cpu"), saved)
+
+    assert opens_or_ends_in_one_line(resume, capsys)
+    for _ in range(200):
+        path.write_bytes(mutated(whole, chance))
+        opens_or_ends_in_one_line(resume, capsys)
+
+
+def test_wrapped_networks_weights_open(tiny, tmp_path):
+    for prefix in "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.":
+        wrapped = {prefix + name: tensor for name, tensor in tiny["model"].items()}
+        torch.save(tiny | dict(model=wrapped), tmp_path / "weights.pt")
+        state = load_network(tmp_path / "weights.pt", "cifar10", torch.device("cpu")).model.state_dict()
+        assert all(torch.equal(state[name], tiny["model"][name]) for name in state)
