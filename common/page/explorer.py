@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid
 
 from common import cli, data, figures, inside, responses
-from common.device import select_device
 from common.images import EXTENSIONS, read_image
-from common.network import load_network
+from common.network import network_from_flags
 from common.page import assets, client, front
 
 # Pixels. Three columns of panes fill a window of 1280×800. A pane's height is a multiple of 15, less 10; what
@@ -82,7 +81,7 @@ class Explorer:
         """Draws everything, for the image and the layer that are chosen, and the strongest map there. Raises
         `UserError` if the image cannot be read."""
         image = self.images[self.image]
-        image = read_image(image) if isinstance(image, Path) else image
+        image = read_image(image, self.network.crop) if isinstance(image, Path) else image
         self.x = self.network.preprocess(image)
         with torch.no_grad():
             (self.maps,) = inside.feature_maps(self.network.model, self.x, self.layer)
@@ -219,7 +218,7 @@ def to_square(image):
     return F.pad(image, (0, max(h, w) - w, 0, max(h, w) - h), value=1.0)
 
 
-def own_images(args, classes):
+def own_images(args, network):
     """What --image names, {name: uint8 [3, S, S] or a path}: files, folders, numbers of test images. Raises
     `UserError`."""
     found = {}
@@ -232,24 +231,24 @@ def own_images(args, classes):
         elif image.isdecimal() and not data.is_present(args.dataset, args.data):
             raise cli.UserError(f"no test image {image} without CIFAR-10 in {args.data}: name an image file")
         else:
-            pixels, name = data.select_image(image, args.dataset, args.data, classes)
+            pixels, name = data.select_image(image, args.dataset, args.data, network.classes, network.crop)
             found[name if name not in found else image] = pixels
     return found
 
 
 def photographs():
-    """{name: uint8 [3, 32, 32]} of scikit-image's photographs that show, or nearly, a class of CIFAR-10."""
+    """{name: path} of scikit-image's photographs that show, or nearly, a class of CIFAR-10."""
     import skimage
 
     files = {name: Path(skimage.__file__).parent / "data" / file for name, file in PHOTOGRAPHS.items()}
-    return {name: read_image(file) for name, file in files.items() if file.is_file()}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def explore(args):
     """Opens the page and answers it until it is interrupted. Raises `UserError`."""
-    port, network = args.port, load_network(args.weights, args.dataset, select_device(args.device))
+    port, network = args.port, network_from_flags(args)
     data.is_present(args.dataset, args.data)  # or an error
-    images = own_images(args, network.classes)
+    images = own_images(args, network)
     if list(network.classes) != data.CLASSES["digits"]:
         images |= photographs()
     if not images:
@@ -265,9 +264,9 @@ def explore(args):
         with cli.stop_signals("closing the page …") as signals:
             page = client.connect(port, "explore", events=True)
             leave_note(page)  # what is seen when the server is started again without this
+            front.draw(page)
             page.close(env="explore")
             explorer = Explorer(network, images, page)
-            front.draw(page)
             print(f"look inside: {client.address(port)}/env/explore (Ctrl-C ends it)", flush=True)
             background = threading.Thread(target=explorer.prepare, args=[args], daemon=True)
             background.start()
