@@ -101,11 +101,11 @@ KERNELS = {  # how the paper's table writes them
 }
 
 
-def table():
-    """The rows of the paper's table, for one 224×224 image and 10 classes: (stage, output size, kernels,
-    parameters, multiply-adds)."""
+def table(size=224, num_classes=10):
+    """The rows of the paper's table, for one size×size image: (stage, output size, kernels, parameters,
+    multiply-adds)."""
     with torch.device("meta"):  # shapes only: nothing is allocated or computed
-        model, x = ResNet18().eval(), torch.empty(1, 3, 224, 224)
+        model, x = ResNet18(num_classes).eval(), torch.empty(1, 3, size, size)
     for name, stage in model.named_children():
         with FlopCounterMode(display=False) as counter:
             x = stage(x)

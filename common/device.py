@@ -1,8 +1,10 @@
 """Where the network computes, and how: the device, its precision and memory format, and the allocator."""
 
+import contextlib
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,17 @@ def select_device(name):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that every thread finds what another freed
     return device
+
+
+def describe(device):
+    """The device in words: "NVIDIA H200", or the processor's name and how many threads PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux tells it there
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    return f"{name}, {'its GPU' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
 
 
 def select_precision(name, device):

@@ -1,5 +1,6 @@
 """Drawing: grids of maps and filters, column charts, curves, images side by side."""
 
+import io
 import itertools
 import math
 import textwrap
@@ -27,6 +28,14 @@ def replace_undrawable(figure):
     """Makes all texts of a figure `drawable`, but for the labels of ticks."""
     for text in figure.findobj(Text):
         text.set_text(drawable(text.get_text()))
+
+
+def png(figure):
+    """The figure as the bytes of a PNG file."""
+    replace_undrawable(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90, pil_kwargs=dict(optimize=True))
+    return file.getvalue()
 
 
 def show(axes, image, **options):
@@ -151,6 +160,36 @@ def column_chart(values, marked, title, label):
     return axes.figure
 
 
+def filter_grids(filters):
+    """(the end of a file name, figure) of figures 7.1 to 7.3 and of the same in colour, for the filters
+    [N, 3, k, k] of conv1, as they are."""
+    scale = dict(scale=filters.abs().max(), label="weight (one scale for all channels)", signed=True)
+    for channel, colour in enumerate(("red", "green", "blue")):
+        title = f"Channel_{channel}: what the {len(filters)} filters of conv1 look for in {colour}"
+        yield f"channel_{channel}", grid(filters[:, channel], columns=8, title=title, **scale)
+    strongest = filters.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # each at full contrast
+    title = f"The {len(filters)} filters of conv1 in colour (grey is zero, each at full contrast)"
+    yield "rgb", grid(0.5 + filters / (2 * strongest), columns=8, title=title)
+
+
+def map_grid(maps, layer, name):
+    """Figures 8.2 and 8.3: all feature maps [1, channels, h, w] of a layer, for the image of that name."""
+    count, height, width = maps.shape[1:]
+    title = f"The {count} feature maps of {layer}, {height}×{width} each ({name})"
+    label = "activation (one scale, to the 99.5th percentile)"
+    return grid(maps[0], 8 if count == 64 else 32, title, maps.quantile(0.995), label)
+
+
+def activation_chart(maps, layer, name):
+    """Figures 8.4.1 and 8.4.2: the mean activation of each of the maps [1, channels, h, w] of a layer, the
+    strongest marked. Returns (the figure, (title, values [channels], label), the strongest map)."""
+    activations = inside.mean_activations(maps)
+    strongest = int(activations.argmax())
+    title = f"How strongly each of the {len(activations)} maps of {layer} responds ({name})"
+    bars = title, activations, "mean activation"
+    return column_chart(activations, strongest, title, "mean activation"), bars, strongest
+
+
 def columns(axes, values, marked, title, label, text="map {}: {:.3f}"):
     """Draws a column for each of `values` [N]; those in `marked` stand out, each with its `text`."""
     values = values.cpu().numpy()
@@ -211,6 +250,26 @@ def accuracy_curve(epochs, last_size, title):
     return axes.figure
 
 
+def compared_curves(runs):
+    """The curves of several runs in one figure, from (name, losses [N], rows of metrics.csv) of each: the
+    running mean of the training loss, and the accuracy after each epoch, at that epoch's size."""
+    left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2)
+    for (name, losses, epochs), color in zip(runs, ("#1f4e8c", "#e4572e")):
+        window, means = running_mean(losses)
+        left.plot(
+            np.arange(window, window + len(means)), means, color=color, label=f"{name}, mean of {window}"
+        )
+        accuracies = [100 * row["test_accuracy"] for row in epochs]
+        right.plot([row["epoch"] for row in epochs], accuracies, "o-", ms=3, color=color, label=name)
+    left.set(title="Training loss", xlabel="iteration", ylabel="training loss", ylim=(0, None))
+    right.set(title="Validation accuracy after each epoch", xlabel="epoch", ylabel="accuracy, %")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for axes in left, right:
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    return left.figure
+
+
 def mistakes(images, rows, split):
     """A sheet of the fifty most confident mistakes, the first of what `inside.mistakes` returned, among
     images uint8 [N, 3, S, S]."""
@@ -224,9 +283,10 @@ def mistakes(images, rows, split):
         axes.set_xlabel(f"{said} {confidence:.1%}", fontsize=8, color="#b03a16")
     for axes in cells[count:]:
         axes.set_axis_off()
-    text = """Above an image: its number and what it is. Below it: what the network says, and its confidence.
-        python -m extras.decision --image NUMBER tells why."""
-    return explain(figure, text)
+    text = "Above an image: its number and what it is. Below it: what the network says, and its confidence."
+    return explain(
+        figure, f"{text} python -m extras.decision --image NUMBER tells why." if split == "test" else text
+    )
 
 
 def confusion_matrix(labels, logits):

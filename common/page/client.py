@@ -119,9 +119,8 @@ def save_figure(figure, args, name, bars=None):
     """Writes the figure to the folder --out, prints its path and shows it on an open page on --port:
     as it is, or by `draw_bars` from `bars` (title, values [N], label). Raises `UserError`."""
     path = make_folder(args.out) / name
-    figures.replace_undrawable(figure)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=90, pil_kwargs=dict(optimize=True))
+        file.write(figures.png(figure))
     print(path)
     with contextlib.suppress(UserError, ConnectionError, ImportError):  # the file is what counts
         if not is_listening(args.port):
