@@ -7,17 +7,14 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device", "port")
+    parser = cli.parser(__doc__, "network", "dataset", "data", "image", "out", "device", "port")
     args = parser.parse_args(argv)
     network, _, name, x = from_flags(args)
 
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
-        activations = inside.mean_activations(maps)
-        strongest = int(activations.argmax())
-        title = f"How strongly each of the {len(activations)} maps of {layer} responds ({name})"
-        figure = figures.column_chart(activations, strongest, title, "mean activation")
-        save_figure(figure, args, f"activations_{layer}.png", (title, activations, "mean activation"))
-        print(f"{layer}: the strongest is map {strongest}, mean activation {activations[strongest]:.4f}")
+        figure, bars, strongest = figures.activation_chart(maps, layer, name)
+        save_figure(figure, args, f"activations_{layer}.png", bars)
+        print(f"{layer}: the strongest is map {strongest}, mean activation {bars[1][strongest]:.4f}")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,14 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "out", "device", "port")
+    parser = cli.parser(__doc__, "network", "dataset", "data", "image", "out", "device", "port")
     args = parser.parse_args(argv)
     network, image, name, x = from_flags(args)
 
     figure = figures.side_by_side([image], [network.prediction(x)], title=name)
     save_figure(figure, args, "image.png")
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):
-        count, height, width = maps.shape[1:]
-        title = f"The {count} feature maps of {layer}, {height}×{width} each ({name})"
-        label = "activation (one scale, to the 99.5th percentile)"
-        figure = figures.grid(maps[0], 8 if count == 64 else 32, title, maps.quantile(0.995), label)
-        save_figure(figure, args, f"featuremaps_{layer}.png")
+        save_figure(figures.map_grid(maps, layer, name), args, f"featuremaps_{layer}.png")
 
 
 if __name__ == "__main__":

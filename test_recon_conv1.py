@@ -9,7 +9,7 @@ LAYER = "conv1"
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "image", "map", "method", "out", "device", "port"
+    flags = "network", "dataset", "data", "image", "map", "method", "out", "device", "port"
     args = cli.parser(__doc__, *flags).parse_args(argv)
     network, image, name, x = from_flags(args)
 

@@ -4,6 +4,7 @@ python train.py                        the default recipe, to runs/cifar10
 python train.py --resume               go on with it where it stopped
 python train.py --recipe quick         a shorter one, which begins with images of 128×128
 python train.py --recipe assignment    the report's own recipe
+python train.py --init imagenet        from ImageNet's weights, or from any other ResNet-18's
 python train.py --dataset digits       try it all in two minutes, with no download
 torchrun --nproc-per-node=4 train.py   with four processes, with one GPU each if there are GPUs"""
 
@@ -20,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse
 
-from common import checkpoint, cli, data, distributed, figures, inside
-from common.device import autocast, select_device, select_precision
+from common import checkpoint, cli, data, distributed, figures, inside, weights
+from common.device import autocast, describe, select_device, select_precision
 from common.network import load_network
 from common.page import client
 from common.run import Run, archive_previous, load_for_resume, locked
@@ -88,6 +89,8 @@ def parse(argv):
     add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
         "--evaluate, the confusion matrix (default: figures)")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
+    add("--init", metavar="FILE", help="start from these weights instead of random ones: as --weights of the "
+        "other scripts, imagenet too")  # fmt: skip
     add("--save-every", type=real, default=5, metavar="MINUTES", help="also within an epoch (default: 5)")
     add("--evaluate", action="store_true", help="only evaluate --weights")
     add("--accumulate", type=whole, default=1, metavar="K", help="take a batch in K parts, to save memory")
@@ -96,8 +99,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.weights and not args.evaluate:
         parser.error("--weights goes with --evaluate")
-    if args.resume and args.evaluate:
-        parser.error("--resume and --evaluate exclude each other")
+    if args.resume + args.evaluate + bool(args.init) > 1:
+        parser.error("--resume, --evaluate and --init exclude each other")
     if args.sync_bn and not (distributed.WORLD_SIZE > 1 and torch.cuda.is_available()):
         parser.error("--sync-bn needs torchrun and CUDA: leave it out")
     args.out = Path(args.out or ("figures" if args.evaluate else f"runs/{args.dataset}"))
@@ -117,7 +120,9 @@ def new_settings(args, device):
         settings["sizes"] = [args.size] * settings["epochs"]
     settings["flip"] &= args.dataset != "digits"
     settings["precision"] = select_precision(args.precision or "auto", device)
-    return settings | dict(seed=args.seed or 0, limit=args.limit, holdout=args.holdout)
+    processes = distributed.WORLD_SIZE
+    settings["machine"] = f"{processes} × " * (processes > 1) + describe(device)
+    return settings | dict(seed=args.seed or 0, limit=args.limit, holdout=args.holdout, init=args.init)
 
 
 def sizes_by_epoch(shares, epochs):
@@ -362,14 +367,16 @@ def start_or_resume(args, device):
     print(f"ResNet-18 on {dataset.source}: {count:,} training images, {len(dataset.test_images):,} "
           f"{dataset.test_split} images; {device}{times}, {settings['precision']}; to {args.out}\n"
           f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(sizes)}; "
-          f"batch {settings['batch_size']}, learning rate {settings['lr']}")  # fmt: skip
+          f"batch {settings['batch_size']}, learning rate {settings['lr']}"
+          + (f"; from the weights in {settings['init']}" if settings.get("init") else ""))  # fmt: skip
+    init = weights.read(args.init)[0] if args.init else None
     page_class = select_page(args)
     with contextlib.ExitStack() as stack:
         if distributed.RANK == 0:
             stack.enter_context(locked(cli.make_folder(args.out)))
             if not saved:
                 archive_previous(args.out)
-        run = Run(settings, dataset, args.out, device, saved)
+        run = Run(settings, dataset, args.out, device, saved, init)
         stack.enter_context(run.explain_failures(args.accumulate))
         page_settings = settings | dict(device=str(device), schedule=schedule(sizes))
         page_settings["batch_size"] = run.batch_size
@@ -379,11 +386,15 @@ def start_or_resume(args, device):
         print(f"stopped and saved; resume with: {resume_command(args)}")
         return 128 + signal_number
     for split in "training", dataset.test_split:
-        report_accuracy(run.model, dataset, split, sizes[-1], settings)
-    weights = f"--weights {shlex.quote(str(args.out / 'weights.pt'))}"
+        _, logits = report_accuracy(run.model, dataset, split, sizes[-1], settings)
+    if distributed.RANK == 0:
+        counts = figures.confusion_matrix(dataset.test_labels, logits).tolist()
+        rows = [["class", *dataset.classes], *([name, *row] for name, row in zip(dataset.classes, counts))]
+        checkpoint.save_table(rows, args.out / "confusion.csv")
+    flag = f"--weights {shlex.quote(str(args.out / 'weights.pt'))}"
     flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
-    print(f"look inside it: python test_recon_conv5.py {weights}{flags}")
-    print(f"by clicks:      python Myvisdom.py --explore {weights}{flags}")
+    print(f"look inside it: python test_recon_conv5.py {flag}{flags}")
+    print(f"by clicks:      python Myvisdom.py --explore {flag}{flags}")
     print("its page again: python Myvisdom.py")
 
 

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import itertools
 import math
 import os
 import re
@@ -172,8 +173,16 @@ FLAGS = {
         "train/<class>/* and test/<class>/* (default: data, downloaded when missing)"),
     "dataset": dict(default="cifar10", choices=["cifar10", "digits"], help="digits: the 1,797 handwritten "
         "digits of scikit-learn, to try everything with no download (default: cifar10)"),
-    "weights": dict(metavar="FILE", help="the trained network (default: runs/<dataset>/weights.pt, or for "
-        "cifar10 without a run the reference network in weights/)"),
+    "weights": dict(metavar="FILE", help="the trained network: of train.py, any ResNet-18 of torchvision's, "
+        "or imagenet (default: runs/<dataset>/weights.pt, or for cifar10 without a run the reference network "
+        "in weights/)"),
+    "mean": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="that images are normalised by, for "
+        "values from 0 to 1 (default: what --weights says, or ImageNet's)"),
+    "std": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="likewise"),
+    "size": dict(type=number(int, 32, 1024), metavar="PX", help="of the images that the network sees "
+        "(default: what --weights says, or 224)"),
+    "classes": dict(metavar="FILE", help="the names of the classes, one a line (default: what --weights "
+        "says, or ImageNet's for 1,000)"),
     "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "
         "(default: 0)"),
     "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare what "
@@ -189,14 +198,18 @@ FLAGS = {
 }  # fmt: skip
 
 
+NETWORK = "weights", "mean", "std", "size", "classes"
+
+
 def parser(description, *flags, **defaults):
-    """An argument parser with those of `FLAGS`, some perhaps with other `defaults`."""
+    """An argument parser with those of `FLAGS`, some perhaps with other `defaults`; "network" stands for all
+    that `NETWORK` names."""
     layout = argparse.RawDescriptionHelpFormatter
     result = argparse.ArgumentParser(description=description, formatter_class=layout)
     result.error = lambda message: result.exit(
         2, one_line(f"error: {message} (--help lists the flags)") + "\n"
     )
-    for flag in flags:
+    for flag in itertools.chain(*(NETWORK if flag == "network" else [flag] for flag in flags)):
         result.add_argument(f"--{flag}", **FLAGS[flag])
     result.set_defaults(**defaults)
     return result

@@ -276,12 +276,17 @@ def is_present(name, directory):
         return False
 
 
-def select_image(image, name, directory, classes):
+def select_image(image, name, directory, classes, crop=None):
     """The image to look at: (uint8 [3, 32, 32], what it is in words). `image` is the number of a test image,
     an image file, or None: the first test image, or, without that data, a photograph that scikit-image ships.
-    `classes` are those that the network knows. Raises `UserError`."""
+    `classes` are those that the network knows. With `crop`, as in `read_image`, for a network that knows
+    photographs, it is [3, crop, crop] and never a test image. Raises `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
-        return read_image(image), Path(image).name
+        return read_image(image, crop), Path(image).name
+    if crop and image is not None:
+        raise UserError(f"no test image {image} for a network of photographs: --image takes an image file")
+    if crop:
+        return photograph(crop)
     if not is_present(name, directory) and image is None:
         image, what = photograph()
         way_out = "python train.py downloads it, --data names another folder"

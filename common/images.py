@@ -31,13 +31,14 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 _libtiff = threading.Lock()
 
 
-def read_image(path):
+def read_image(path, crop=None):
     """An image file as uint8 [3, 32, 32]: on white where it is transparent, centre-cropped to a square and
-    shrunk with antialiasing where it is not that size already. Raises `UserError` if it cannot be read."""
+    shrunk with antialiasing where it is not that size already. With `crop` as uint8 [3, crop, crop], as
+    networks of photographs see it. Raises `UserError` if it cannot be read."""
     path, way_out = Path(path), "fix, replace or remove it"
     try:
         if path.is_file():
-            return to_square(_decode(path))
+            return prepare(_decode(path), crop)
         if path.is_symlink() and not path.exists():
             problem = "it is a link to nothing"
         else:
@@ -103,9 +104,38 @@ def _to_8_bits(image):
     return Image.fromarray((255 * values).round().astype(np.uint8))
 
 
-def to_square(image):
-    """A PIL image in mode RGB or RGBA as uint8 [3, 32, 32], as `read_image` says."""
-    if image.size != (SIDE, SIDE):
+class Photographs:
+    """The image files in a folder and in those below it, as networks of photographs see them: uint8 [3, crop,
+    crop] each, read when it is asked for. Raises `UserError` if there are none, or one cannot be read."""
+
+    def __init__(self, folder, crop):
+        files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS)
+        self.folder, self.crop = Path(folder), crop
+        hidden = {path for path in files if "/." in f"/{path.relative_to(folder).as_posix()}"}
+        self.paths = [path for path in files if path not in hidden]
+        if not self.paths:
+            raise UserError(f"no images in {folder}: --data names a folder of image files")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return read_image(self.paths[index], self.crop)
+
+    def name(self, index):
+        """The folder that an image is in, perhaps its class, or else its own name."""
+        path = self.paths[index].relative_to(self.folder)
+        return path.parent.name or path.name
+
+
+def prepare(image, crop=None):
+    """A PIL image in mode RGB or RGBA as uint8 [3, 32, 32] or [3, crop, crop], as `read_image` says. For a
+    `crop` of 224 the shorter side becomes 256, as in what torchvision's ImageNet weights come with."""
+    if crop:
+        from torchvision.transforms import functional  # takes a second to import
+
+        image = functional.center_crop(functional.resize(image, round(crop * 256 / 224)), crop)
+    elif image.size != (SIDE, SIDE):
         image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -121,13 +151,14 @@ def _foreign_format(path):
     return f"it is damaged, or not {READABLE}" if head else "it is empty"
 
 
-def photograph():
-    """(uint8 [3, 32, 32], what it is): one that comes with scikit-image or, without that, scikit-learn."""
+def photograph(crop=None):
+    """(uint8 [3, 32, 32] or [3, crop, crop], what it is): one that comes with scikit-image or, without that,
+    scikit-learn."""
     try:
         from skimage.data import chelsea  # these take seconds to import: only where they are used
 
-        return to_square(Image.fromarray(chelsea())), "a cat"
+        return prepare(Image.fromarray(chelsea()), crop), "a cat"
     except Exception:  # its package has no images, and none can be downloaded
         from sklearn.datasets import load_sample_image
 
-        return to_square(Image.fromarray(load_sample_image("flower.jpg"))), "a flower"
+        return prepare(Image.fromarray(load_sample_image("flower.jpg")), crop), "a flower"

@@ -1,17 +1,18 @@
-"""Opening a trained network, and what it predicts for an image."""
+"""Opening a trained network, whoever trained it, and what it predicts for an image."""
 
-import re
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from common import checkpoint, data
+from common import data, weights
 from common.cli import UserError
 from common.device import memory_format, select_device
 from MyResnet import ResNet18
 
 REFERENCE = Path(__file__).parent.parent / "weights" / "resnet18_cifar10.pt"
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=224)  # torchvision's
 
 
 class Network(NamedTuple):
@@ -22,6 +23,12 @@ class Network(NamedTuple):
     std: tuple
     classes: list
     size: int  # pixels: the last that it was trained at
+    photographs: bool = False  # whether it sees them in full, as ImageNet's; else they are shrunk to 32×32
+
+    @property
+    def crop(self):
+        """The side of the square that it sees of a photograph, or None for what was shrunk to 32×32."""
+        return self.size if self.photographs else None
 
     def preprocess(self, images):
         """uint8 [N, 3, S, S] or [3, S, S] → what the model gets, [N, 3, size, size]."""
@@ -40,48 +47,75 @@ class Network(NamedTuple):
         return f"the network says {self.classes[predicted]} ({confidence:.0%})"
 
 
-def without_prefixes(state_dict):
-    """The state dict without what DataParallel and torch.compile put into its names: module., _orig_mod."""
-    return {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in state_dict.items()}
-
-
-def load_network(path, dataset, device):
-    """The network in `path`, on `device`; if that is None, the user's own in runs/<dataset>/weights.pt or,
-    without one, the reference network for CIFAR-10. Says which. Raises `UserError`."""
+def weights_path(path, dataset):
+    """The file that --weights names, or without it the user's own run or else the reference network."""
     own = Path(f"runs/{dataset}/weights.pt")
-    path = Path(path or (REFERENCE if dataset == "cifar10" and not own.exists() else own))
-    if not path.is_file():
-        raise UserError(f"no weights in {path}: python train.py makes them, --weights names others")
-    saved = checkpoint.load(path)
+    return path or (REFERENCE if dataset == "cifar10" and not own.exists() else own)
+
+
+def load_network(path, dataset, device, **given):
+    """The network in `path`, or in `weights_path`, on `device`. Its `mean`, `std`, `size` and `classes` (the
+    path of a file with a name a line) are those `given`, those in its file, or ImageNet's if it was not
+    written by train.py. Says what was opened. Raises `UserError`."""
+    path = weights_path(path, dataset)
+    state, saved = weights.read(path)
+    count = len(state["fc.weight"])
+    keys = "mean", "std", "size", "classes"
+    known = not saved.keys().isdisjoint(keys)
+    about = {key: saved.get(key) for key in keys} if known else IMAGENET | dict(classes=_class_names(count))
+    about |= {key: value for key, value in given.items() if value is not None}
+    if given.get("classes"):
+        about["classes"] = _read_names(given["classes"])
     try:
-        saved = dict(saved)
-        model = ResNet18(num_classes=len(saved["classes"]))
-        model.load_state_dict(without_prefixes(saved["model"]))
-        network = Network(model.eval(), *(saved[key] for key in Network._fields[1:]))
-        named = all(isinstance(name, str) for name in network.classes)
-        three = len(network.mean) == len(network.std) == 3
-        if not (named and three and min(network.std) > 0 and network.size in range(32, 1025)):
+        named = all(isinstance(name, str) for name in about["classes"])
+        numbers = *about["mean"], *about["std"]
+        if not (named and len(numbers) == 6 and all(map(math.isfinite, numbers)) and min(about["std"]) > 0):
             raise ValueError
-        numbers = [torch.tensor([*network.mean, *network.std]), *model.state_dict().values()]
-        if not all(tensor.isfinite().all() for tensor in numbers):
-            raise UserError(f"{path} has weights that are not finite: name others with --weights")
-    except UserError:
-        raise
-    except RuntimeError as error:
-        detail = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path} has weights of another network ({detail}): name others with --weights")
-    except Exception:  # anybody may have written it, and anything may be in it
+        if len(about["mean"]) != 3 or about["size"] not in range(32, 1025):
+            raise ValueError
+    except (TypeError, ValueError):  # anybody may have written it, and anything may be in it
         raise UserError(f"{path} was not written by train.py: name a weights.pt of it with --weights")
-    model.to(device, memory_format=memory_format(device))
-    print(f"network: {path}, trained on {saved.get('source')}")
-    return network
+    if len(about["classes"]) != count:
+        names = f"there are {len(about['classes'])} names of classes"
+        raise UserError(f"{path} knows {count} classes, {names}: --classes takes a file with a name a line")
+    model = ResNet18(count)
+    model.load_state_dict(state)
+    model.eval().to(device, memory_format=memory_format(device))
+    trained = f"trained on {saved.get('source')}" if known else (
+        f"{count} classes; taken to see photographs, {about['size']} px, mean {about['mean']}, "
+        f"std {about['std']}: --mean, --std and --size tell otherwise")  # fmt: skip
+    print(f"network: {path}, {trained}")
+    return Network(model, **about, photographs=not known)
+
+
+def _class_names(count):
+    if count == 1000:
+        from torchvision.models import ResNet18_Weights  # takes a second to import
+
+        return ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    return [f"class {number}" for number in range(count)]
+
+
+def _read_names(path):
+    """The lines of a text file. Raises `UserError`."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}): --classes takes a file with a name a line")
+
+
+def network_from_flags(args, device=None):
+    """The network that a script's flags name, on `device`, or else on that of --device. Raises
+    `UserError`."""
+    given = {key: getattr(args, key, None) for key in ("mean", "std", "size", "classes")}
+    return load_network(args.weights, args.dataset, device or select_device(args.device), **given)
 
 
 def from_flags(args):
-    """What a script's flags name: (the network, the image as uint8 [3, 32, 32], what it is in words, what the
+    """What a script's flags name: (the network, the image as uint8 [3, S, S], what it is in words, what the
     model gets of it). Says what the network takes the image for. Raises `UserError`."""
-    network = load_network(args.weights, args.dataset, select_device(args.device))
-    image, name = data.select_image(args.image, args.dataset, args.data, network.classes)
+    network = network_from_flags(args)
+    image, name = data.select_image(args.image, args.dataset, args.data, network.classes, network.crop)
     x = network.preprocess(image)
     print(f"{name}; {network.prediction(x)}")
     return network, image, name, x

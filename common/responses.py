@@ -6,24 +6,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from common import checkpoint, cli, inside
+from common.images import Photographs
 
 CACHE = Path("runs/responses")
 
 
 def bar(parts):
     """The parts, with a progress bar."""
-    return cli.progress_bar(parts, "looking at every test image")
+    return cli.progress_bar(parts, "looking at every image")
 
 
 @torch.inference_mode()
 def strongest(network, images, batch=100, progress=bar):
     """For each stage: (values [maps, 9], images [maps, 9], positions [maps, 9] in the flattened map, the
-    strongest first; mean activations [maps, N]) over all `images`, uint8 [N, 3, S, S]. `progress` gets the
-    batches and yields each again."""
+    strongest first; mean activations [maps, N]) over all `images`, uint8 [N, 3, S, S] or `Photographs`.
+    `progress` gets the batches and yields each again."""
     found = {stage: [] for stage in inside.STAGES}
-    for part in progress(images.split(batch)):
+    for part in progress(DataLoader(images, batch)):
         stages = inside.feature_maps(network.model, network.preprocess(part), *inside.STAGES)
         for stage, maps in zip(inside.STAGES, stages):
             maps = maps.flatten(2).transpose(0, 1)  # [maps, images, positions]
@@ -38,8 +40,13 @@ def strongest(network, images, batch=100, progress=bar):
 def cached_strongest(network, images, **options):
     """`strongest`, from the disk if it was computed before for this network and these images."""
     preprocessing = torch.tensor([network.size, *network.mean, *network.std])
-    tensors = [*network.model.state_dict().values(), images, preprocessing]
-    digest = hashlib.sha256()
+    tensors, digest = [*network.model.state_dict().values(), preprocessing], hashlib.sha256()
+    if isinstance(images, Photographs):
+        stats = ((path, path.stat()) for path in images.paths)
+        listing = [(path.resolve().as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        digest.update(repr(listing).encode(errors="surrogateescape"))
+    else:
+        tensors.append(images)
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     name = digest.hexdigest()

@@ -1,7 +1,7 @@
 """A training run on disk: what it consists of, saving it, resuming it, keeping an earlier one.
 
 Its files are last.pt (all it takes to resume), weights.pt (all it takes to look inside), loss.csv,
-metrics.csv and their curves."""
+metrics.csv and their curves, and at its end confusion.csv."""
 
 import contextlib
 import csv
@@ -22,21 +22,25 @@ from common.device import memory_format
 from common.muon import Muon
 from MyResnet import ResNet18
 
-FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png last.pt".split()
+FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png confusion.csv last.pt".split()
 
 
 class Run:
-    """The state of a run: `model`, `optimizer`, `scaler`, and in `history` what happened, per iteration
+    """The state of a run: `model`, `optimizers`, `scaler`, and in `history` what happened, per iteration
     and per epoch (the rows of metrics.csv). With the seed the history says what comes next, so no other state
-    needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on from."""
+    needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on from, `init` a state dict to
+    start from: of it, fc is left out where it knows another number of classes."""
 
-    def __init__(self, settings, dataset, out, device, saved=None):
+    def __init__(self, settings, dataset, out, device, saved=None, init=None):
         self.settings, self.out, self.last = settings, out, out / "last.pt"
         self.about = dict(classes=list(dataset.classes), source=dataset.source, settings=settings)
         self.batch_size = min(settings["batch_size"], len(dataset.train_images))
         self.steps = len(dataset.train_images) // self.batch_size  # in an epoch
         torch.manual_seed(settings["seed"])
         self.model = ResNet18(len(dataset.classes)).to(device, memory_format=memory_format(device))
+        if init:
+            state = self.model.state_dict()
+            self.model.load_state_dict(state | {k: v for k, v in init.items() if v.shape == state[k].shape})
         self.optimizers = self._optimizers()
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)

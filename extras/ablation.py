@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common import checkpoint, cli, data, figures, responses
-from common.device import select_device
-from common.network import load_network
+from common.network import network_from_flags
 from common.page.client import save_figure
 
 SHOWN = 20  # maps in the figure
@@ -63,8 +62,8 @@ def draw(classes, table, spare, without_spare):
 
 @cli.command
 def main(argv=None):
-    args = cli.parser(__doc__, "weights", "dataset", "data", "out", "device", "port").parse_args(argv)
-    network = load_network(args.weights, args.dataset, select_device(args.device))
+    args = cli.parser(__doc__, "network", "dataset", "data", "out", "device", "port").parse_args(argv)
+    network = network_from_flags(args)
     dataset, classes = data.load(args.dataset, args.data, network.classes, ["test"]), network.classes
     means = responses.cached_strongest(network, dataset.test_images)["conv5_x"][3]
     table, spare, without_spare = ablate(network.model, means, dataset.test_labels)

@@ -69,7 +69,7 @@ def draw(network, image, name, x, names=()):
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "image", "class", "out", "device", "port"
+    flags = "network", "dataset", "data", "image", "class", "out", "device", "port"
     args = cli.parser(__doc__, *flags).parse_args(argv)
     figure, lines = draw(*from_flags(args), args.names)
     save_figure(figure, args, "decision.png")

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from common import checkpoint, cli, data, figures
-from common.device import autocast, select_device, select_precision
-from common.network import load_network
+from common.network import network_from_flags
 from common.page.client import save_figure
 from extras.attribution import METHODS
 
@@ -26,25 +25,27 @@ def curve(network, image, evidence, label):
     """The probabilities [STEPS + 1] of class `label` as the pixels of `image`, uint8 [3, 32, 32], are
     blurred, those with the highest `evidence` [H, W] first."""
     evidence = F.interpolate(evidence[None, None].float(), image.shape[1:], mode="area")
+    side = image.shape[1]
     rank = evidence.flatten().argsort(descending=True).argsort().view_as(evidence)
     ends = torch.arange(STEPS + 1, device=rank.device).view(-1, 1, 1, 1) * (rank.numel() / STEPS)
-    images = torch.where(rank < ends, gaussian_blur(image.float(), 25, 4.0), image.float())
+    images = torch.where(
+        rank < ends, gaussian_blur(image.float(), 6 * (side // 8) + 1, side / 8), image.float()
+    )
     return network.model(network.preprocess(images)).float().softmax(1)[:, label].cpu()
 
 
-def measure(network, images, precision="fp32"):
+def measure(network, images):
     """{method: its curves [N, STEPS + 1]} for METHODS and the random order, and images uint8 [N, 3, 32,
     32]."""
     generator, device = torch.Generator().manual_seed(0), network.model.fc.weight.device
     methods = METHODS | {"random order": lambda model, x, label: torch.rand(x.shape[2:], generator=generator)}
     curves = {method: [] for method in methods}
     for image in cli.progress_bar(images.to(device), "blurring the evidence away"):
-        with autocast(device, precision):
-            x = network.preprocess(image)
-            label = int(network.model(x).argmax())
-            for method, evidence in methods.items():
-                evidence = evidence(network.model, x, label).to(device)
-                curves[method].append(curve(network, image, evidence, label))
+        x = network.preprocess(image)
+        label = int(network.model(x).argmax())
+        for method, evidence in methods.items():
+            evidence = evidence(network.model, x, label).to(device)
+            curves[method].append(curve(network, image, evidence, label))
     return {method: torch.stack(found) for method, found in curves.items()}
 
 
@@ -76,14 +77,13 @@ def draw(curves):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "out", "device", "port")
+    parser = cli.parser(__doc__, "network", "dataset", "data", "out", "device", "port")
     whole = cli.number(int, 1)
     parser.add_argument("--count", type=whole, default=100, metavar="N", help="test images (default: 100)")
     args = parser.parse_args(argv)
-    network = load_network(args.weights, args.dataset, select_device(args.device))
+    network = network_from_flags(args)
     images = data.load(args.dataset, args.data, network.classes, ["test"]).test_images[: args.count]
-    precision = select_precision("auto", network.model.fc.weight.device)
-    curves = measure(network, images, precision)
+    curves = measure(network, images)
     rows = [[method, *(f"{value:.3f}" for value in values)] for method, values in summary(curves).items()]
     rows.insert(0, ["evidence", "area", "standard deviation", "smaller than random"])
     checkpoint.save_table(rows, cli.make_folder(args.out) / "deletion.csv")

@@ -37,7 +37,7 @@ def draw(network, image, name, x, names=(), layer="conv5_x"):
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "image", "class", "out", "device", "port"
+    flags = "network", "dataset", "data", "image", "class", "out", "device", "port"
     parser = cli.parser(__doc__, *flags)
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from common import cli, data, figures, inside, responses
 from common.device import select_device
-from common.network import load_network
+from common.network import network_from_flags
 from common.page.client import save_figure
 
 # Columns are colours that vary independently in CIFAR-10, as much as they do: brightness, blue to red, and
@@ -73,7 +73,7 @@ def maximize(network, layer, channel, steps=200, seed=0):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "map", "out", "device", "port", map="0")
+    parser = cli.parser(__doc__, "network", "dataset", "data", "map", "out", "device", "port", map="0")
     add = parser.add_argument
     add("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, metavar="N", help="of the noise (default: 0)")
@@ -82,15 +82,16 @@ def main(argv=None):
     device = select_device(args.device)
     if device.type == "mps":  # https://github.com/pytorch/pytorch/pull/169143: no gradient of grid_sample
         device = torch.device("cpu")
-    network = load_network(args.weights, args.dataset, device)
+    network = network_from_flags(args, device)
     if args.map.startswith("strongest"):  # there is no image to respond to
         raise cli.UserError("--map takes a number here, or several as 7,43")
     black = network.preprocess(torch.zeros(3, data.SIDE, data.SIDE, dtype=torch.uint8))
     (maps,) = inside.feature_maps(network.model, black, args.layer)
     channels = inside.choose_maps(maps, args.map)  # an error before the long search
     best = None
-    if args.data != "data" or data.is_present(args.dataset, args.data):
-        dataset = data.load(args.dataset, args.data, network.classes)
+    present = args.data != "data" or data.is_present(args.dataset, args.data)
+    if present and list(network.classes) == data.CLASSES[args.dataset]:
+        dataset = data.load(args.dataset, args.data, network.classes, ["test"])
         best = responses.cached_strongest(network, dataset.test_images)[args.layer][3].amax(1)
     for channel in channels:
         image, activation = maximize(network, args.layer, channel, args.steps, args.seed)

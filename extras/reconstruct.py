@@ -10,7 +10,7 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "image", "map", "method", "out", "device", "port"
+    flags = "network", "dataset", "data", "image", "map", "method", "out", "device", "port"
     parser = cli.parser(__doc__, *flags)
     add = parser.add_argument
     add("--layer", default="conv5_x", help="a stage, conv1 to conv5_x, or a module as conv3_x.block1.conv2")

@@ -25,7 +25,7 @@ def similarity(pattern, other):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "image", "map", "out", "device", "port")
+    parser = cli.parser(__doc__, "network", "dataset", "data", "image", "map", "out", "device", "port")
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     args = parser.parse_args(argv)
     network, _, name, x = from_flags(args)
@@ -33,41 +33,46 @@ def main(argv=None):
     for channel in inside.choose_maps(maps, args.map):
         if not maps[0, channel].any():
             raise cli.UserError(inside.describe_map(maps, args.layer, channel))
-        figure, lines = compare(network.model, x, args.layer, channel, name)
+        figure, lines, _ = compare(network.model, x, args.layer, channel, name)
         save_figure(figure, args, f"sanity_{args.layer}_map{channel}.png")
         print("\n".join(lines))
 
 
-def compare(model, x, layer, channel, name):
+def compare(model, x, layer, channel, name, seeds=SEEDS):
     """(a figure of the patterns, a row a method and a column for each further stage that is randomised; lines
-    that tell how similar they are to the trained network's)."""
+    that tell how similar they are to this network's; the mean rank correlation of each method when all stages
+    are random). For each column `seeds` networks are randomised; the first is drawn."""
     stages = inside.STAGES[inside.STAGES.index(layer) :: -1]  # those that the map depends on, from the top
-    columns = ["trained", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
+    columns = ["this network", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
     figure = figures.Figure(figsize=(1.75 * len(columns), 6.4), layout="constrained")
+    averaged = f"mean, range of {seeds} networks" if seeds > 1 else "of 1 network"
     figure.suptitle(
         f"What map {channel} of {layer} responded to ({name}), as its network becomes random\n"
-        f"(grey is zero; rank correlation and SSIM with the trained one's: mean, range of {SEEDS} networks)",
+        f"(grey is zero; rank correlation and SSIM with this network's: {averaged})",
         fontsize=11,
     )
     axes = figure.subplots(len(inside.RELU_BACKWARD), len(columns))
     for axis, column in zip(axes[0], columns):
         axis.set_title(column, fontsize=10)
-    trained, results = {}, {}
+    trained, results, last = {}, {}, {}
     for axis, method in zip(axes[:, 0], inside.RELU_BACKWARD):
         trained[method], results[method] = inside.reconstruct(model, x, layer, channel, method), []
         figures.show(axis, figures.pattern_image(trained[method]))
         axis.set_ylabel(inside.METHOD_NAMES[method])
         axis.set_xlabel(figures.largest(trained[method]), fontsize=8)
     for n, column in enumerate(columns[1:], 1):
-        networks = [inside.randomize(model, stages[:n], seed) for seed in range(SEEDS)]
+        networks = [inside.randomize(model, stages[:n], seed) for seed in range(seeds)]
         for axis, method in zip(axes[:, n], trained):
             patterns = [inside.reconstruct(network, x, layer, channel, method) for network in networks]
             figures.show(axis, figures.pattern_image(patterns[0]))
-            measures = zip(*(similarity(trained[method], pattern) for pattern in patterns))
-            rank, ssim = (f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in measures)
+            measures = list(zip(*(similarity(trained[method], pattern) for pattern in patterns)))
+            last[method] = sum(measures[0]) / seeds
+            ranges = [f" ({min(v):.2f}–{max(v):.2f})" if seeds > 1 else "" for v in measures]
+            rank, ssim = (f"{sum(v) / seeds:.2f}{ends}" for v, ends in zip(measures, ranges))
             axis.set_xlabel(f"{figures.largest(patterns[0])}\nrank {rank}\nSSIM {ssim}", fontsize=8)
             results[method].append(f"{column} {rank} {ssim}")
-    return figure, [f"{name}, rank correlation and SSIM: {', '.join(t)}" for name, t in results.items()]
+    lines = [f"{name}, rank correlation and SSIM: {', '.join(t)}" for name, t in results.items()]
+    return figure, lines, last
 
 
 if __name__ == "__main__":

@@ -1,50 +1,65 @@
 """The nine images of the test set, and the places in them, that a feature map responds to most, each with the
-pattern that it responded to there (Zeiler, Fergus 2013, https://arxiv.org/abs/1311.2901, figure 2).
+pattern that it responded to there (Zeiler, Fergus 2013, https://arxiv.org/abs/1311.2901, figure 2). For a
+network of photographs, the nine in the folder that --data names.
 
 python -m extras.top_pictures --layer conv4_x --map 7,43"""
 
+import torch
+
 from common import cli, data, figures, inside, responses
-from common.device import select_device
-from common.network import load_network
+from common.images import Photographs
+from common.network import network_from_flags
 from common.page.client import save_figure
 
 
 @cli.command
 def main(argv=None):
-    flags = "weights", "dataset", "data", "map", "method", "out", "device", "port"
+    flags = "network", "dataset", "data", "map", "method", "out", "device", "port"
     parser = cli.parser(__doc__, *flags, map="0")
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
     args = parser.parse_args(argv)
-    network = load_network(args.weights, args.dataset, select_device(args.device))
-    dataset = data.load(args.dataset, args.data, network.classes)
-    (maps,) = inside.feature_maps(network.model, network.preprocess(dataset.test_images[0]), args.layer)
+    network = network_from_flags(args)
+    if network.photographs:
+        everything, batch = Photographs(args.data, network.crop), 25
+        name_of = everything.name
+    else:
+        dataset, batch = data.load(args.dataset, args.data, network.classes, ["test"]), 100
+        everything, labels = dataset.test_images, dataset.test_labels.tolist()
+        name_of = lambda index: network.classes[labels[index]]  # noqa: E731
+    (maps,) = inside.feature_maps(network.model, network.preprocess(everything[0]), args.layer)
     inside.choose_maps(maps, args.map)  # an error before the long search
-    values, indices, positions, _ = responses.cached_strongest(network, dataset.test_images)[args.layer]
+    found = responses.cached_strongest(network, everything, batch=batch)
+    values, indices, positions, _ = found[args.layer]
     for channel in inside.choose_maps(values[None, ..., None], args.map):
-        images, places = dataset.test_images[indices[channel]], []
+        images, places = torch.stack([everything[int(index)] for index in indices[channel]]), []
         seen = responses.crops(network, args.layer, maps.shape[3], images, positions[channel])
         for image, index, position, (crop, box) in zip(images, indices[channel], positions[channel], seen):
             x, (top, left, bottom, right) = network.preprocess(image), box
             pattern = inside.reconstruct(network.model, x, args.layer, channel, args.method, int(position))
+            how = args.layer, channel, args.method, int(position)
+            _, correlation = inside.control(network.model, x, pattern, *how)
+            scale = f"{figures.largest(pattern)}\ncontrol: {correlation:.2f}"
             pattern = figures.pattern_image(pattern.cpu())[:, top:bottom, left:right]
-            places.append((crop, pattern, network.classes[dataset.test_labels[index]]))
+            places.append((crop, pattern, name_of(int(index)), scale))
         figure = nine_and_nine(places, values[channel], channel, args)
         save_figure(figure, args, f"top_pictures_{args.layer}_map{channel}.png")
 
 
 def nine_and_nine(places, values, channel, args):
     """A figure of two 3×3 grids: what map `channel` saw in its `places`, and the patterns there. A place is
-    (image [3, h, w], pattern [3, h, w], both in 0 … 1, class)."""
+    (image [3, h, w], pattern [3, h, w], both in 0 … 1, class, the pattern's scale and control in words)."""
     figure = figures.Figure(figsize=(11, 6.2), layout="constrained")
-    figure.suptitle(f"What map {channel} of {args.layer} responds to most, of all test images")
+    figure.suptitle(f"What map {channel} of {args.layer} responds to most, of all images")
     how = inside.METHOD_NAMES[args.method]
     titles = "what it sees there, and its activation", f"the pattern in it, by {how} (grey is zero)"
     for i, (part, title) in enumerate(zip(figure.subfigures(1, 2), titles)):
         part.suptitle(title, fontsize=10)
         for axes, place, value in zip(part.subplots(3, 3).flat, places, values):
             figures.show(axes, place[i])
-            axes.set_xlabel(f"{place[2]}, {value:.2f}", fontsize=8)
-    return figure
+            axes.set_xlabel(place[3] if i else f"{place[2]}, {value:.2f}", fontsize=8)
+    text = """Control: the rank correlation with the pattern of this network with random upper stages. Above
+    0.6, a pattern is mostly the image's own edges, within what the map sees of it."""
+    return figures.explain(figure, text)
 
 
 if __name__ == "__main__":

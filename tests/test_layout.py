@@ -23,6 +23,7 @@ FLOORS = [  # from the top down: a module imports only what stands below it
         ["common.responses"],
         ["common.inside"],
         ["common.network"],
+        ["common.weights"],
         ["common.data"],
         *(["common.archive"], ["common.images"]),
     ),

@@ -1,0 +1,89 @@
+"""Reading the weights of a ResNet-18 from whatever they come in: a weights.pt or last.pt of train.py, a state
+dict of torchvision's or of this network, alone or within a checkpoint, or a .safetensors file."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from common import checkpoint
+from common.cli import UserError
+from MyResnet import ResNet18, to_torchvision
+
+IMAGENET = "imagenet"  # instead of a file: those of torchvision
+
+
+def read(path):
+    """(state dict of a `ResNet18`, float32 on the CPU; what else the file holds, a dictionary). Raises
+    `UserError` if there is no file, or no ResNet-18 with finite weights in it."""
+    content = _content(path)
+    found = _state_dict(content)
+    if found is None:
+        raise UserError(f"{path} has no state dict of a network: name others with --weights")
+    found = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in found.items()}
+    prefix = next((name.removesuffix("fc.weight") for name in found if name.endswith("fc.weight")), "")
+    found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    classes = found["fc.weight"].shape[0] if "fc.weight" in found else 10
+    with torch.device("meta"):  # shapes only
+        expected = ResNet18(classes).state_dict()
+    theirs = "conv1.conv.weight" not in found  # torchvision's names
+    names = dict(zip(to_torchvision(expected) if theirs else expected, expected))
+    if difference := _difference(found, names, expected):
+        raise UserError(f"{path} has weights of another network ({difference}): name others with --weights")
+    counts = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
+    state = counts | {ours: found[name].float() for name, ours in names.items() if name in found}
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{path} has weights that are not finite: name others with --weights")
+    return state, content if isinstance(content, dict) else {}
+
+
+def _content(path):
+    """What the file holds. `path` may also be "imagenet"."""
+    if str(path) == IMAGENET:
+        from torchvision.models import ResNet18_Weights  # takes a second to import
+
+        weights = ResNet18_Weights.IMAGENET1K_V1
+        try:
+            return weights.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            way_out = f"get {weights.url} elsewhere, and name the file with --weights"
+            raise UserError(f"ImageNet's weights cannot be downloaded ({error}): {way_out}")
+    if not Path(path).is_file():
+        raise UserError(f"no weights in {path}: python train.py makes them, --weights names others")
+    if Path(path).suffix != ".safetensors":
+        return checkpoint.load(path)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} needs a library that is not installed: pip install safetensors")
+    try:
+        return load_file(path)
+    except Exception as error:  # it has kinds of its own
+        raise UserError(f"{path} is not a .safetensors file, or is damaged ({type(error).__name__})")
+
+
+def _state_dict(content, depth=3):
+    """The first dictionary of many tensors by name in `content` or in the dictionaries in that, or None."""
+    if not isinstance(content, Mapping) or not depth:
+        return None
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if len(tensors) > 20 or "fc.weight" in tensors:
+        return tensors
+    found = (_state_dict(value, depth - 1) for value in content.values())
+    return next((tensors for tensors in found if tensors is not None), None)
+
+
+def _difference(found, names, expected):
+    """How the tensors `found` differ from those `expected`, whose `names` there map to ours; "" if they are
+    those of a ResNet-18."""
+
+    def shape(tensor):
+        return "×".join(map(str, tensor.shape)) or "a number"
+
+    for name, ours in names.items():
+        if name not in found and not name.endswith("num_batches_tracked"):
+            return f"it has no {name}"
+        if name in found and found[name].shape != expected[ours].shape:
+            return f"{name} is {shape(found[name])}, not {shape(expected[ours])}"
+    return next((f"it also has {name}" for name in found if name not in names), "")
