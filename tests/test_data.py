@@ -272,7 +272,7 @@ UNFIT = {  # how a folder is made, in which of its folders the classes are, and 
     "one class missing": ("rm -r test/cat", BOTH, "cifar/test has no class folder cat: "),
     "an empty class": ("rm test/cat/*", BOTH, "cifar/test/cat has no images: it has nothing;"),
     "other kinds": ("cd train/cat; mv 1.png 1.heic", BOTH, "has no images: it has 1.heic; what is"),
-    "a link to nothing": ("rm -r train/cat; ln -s x train/cat", BOTH, "cifar/train/cat cannot be read .it is"),
+    "a link to nothing": ("rm -r train/cat; ln -s x train/cat", BOTH, "cifar/train/cat cannot be read .it"),
     "a file": ("rm -r train/cat; touch train/cat", BOTH, "cat cannot be read .Not a directory"),
     "train is a file": ("touch train", ["test"], "cifar/train cannot be read .Not a directory"),
     "an image links to nothing": ("ln -s x test/dog/2.jpg", BOTH, "dog/2.jpg .*it is a link to nothing"),
