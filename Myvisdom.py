@@ -202,7 +202,7 @@ def keep_front(port):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "weights", "dataset", "data", "device", "port")
+    parser = cli.parser(__doc__, "network", "dataset", "data", "device", "port")
     parser.add_argument("--explore", action="store_true", help="a page to look inside a network with")
     image_help = "with --explore: an image file, or a folder of them, to look at; may be given several times"
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image_help)

@@ -31,7 +31,6 @@ from common.cli import UserError
 from common.network import load_network
 from common.page import assets, client, explorer, front
 
-CLASSES = data.CIFAR10_CLASSES
 ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None)
 
 
@@ -491,7 +490,8 @@ def test_images_to_explore_are_never_downloaded(tmp_path, monkeypatch):
         Image.new("RGB", (40, 40)).save(tmp_path / name, "PNG")
 
     def chosen(*images):
-        return explorer.own_images(SimpleNamespace(image=images, dataset="cifar10", data="data"), CLASSES)
+        args = SimpleNamespace(image=images, dataset="cifar10", data="data")
+        return explorer.own_images(args, SimpleNamespace(classes=data.CIFAR10_CLASSES, crop=None))
 
     found = chosen("b.png", "photos", "a.jpg")
     assert list(found) == ["b.png", "photos/b.png", "a.jpg"] and found["a.jpg"].shape == (3, 32, 32)

@@ -165,7 +165,9 @@ class Explorer:
     def prepare(self, args):
         """Adds the test images, where they are, and finds what each map responds to most; for a thread."""
         try:
-            if data.is_present(args.dataset, args.data):
+            if self.network.photographs:
+                self.say("Test images are shown here for networks that were trained on them, by train.py.")
+            elif data.is_present(args.dataset, args.data):
                 self.say("reading the test images …")
                 dataset = data.load(args.dataset, args.data, self.network.classes, ["test"])
                 with self.lock:
