@@ -117,9 +117,10 @@ def test_top_pictures_are_drawn_where_they_respond(flags, tmp_path, monkeypatch)
     drawn(tmp_path, "top_pictures_conv1_map1.png")
     drawn(tmp_path, "top_pictures_conv1_map5.png")
     assert [args[2] for args in drawn_places] == [1, 5]
-    for places, values, _, _ in drawn_places:
+    for places, values, *_ in drawn_places:
         assert len(places) == 9 and values.tolist() == sorted(values.tolist(), reverse=True)
-        for crop, pattern, name in places:
+        for crop, pattern, name, scale in places:
+            assert re.match(r"full contrast ±\S+\ncontrol: -?\d\.\d\d", scale)
             assert crop.shape == pattern.shape and max(crop.shape[1:]) <= 7 and name.isdigit()
             assert pattern.max() > 0.99 or pattern.min() < 0.01  # its strongest point is in the crop
 
@@ -338,7 +339,7 @@ def test_a_decision_adds_up_to_the_logits(network, x):
     torch.testing.assert_close(expected - without, parts[:, strongest[0]], rtol=0, atol=1e-4)
 
 
-def test_a_decision_is_against_what_the_image_is(network, flags, tmp_path, capsys):
+def test_a_decision_is_against_what_the_image_is(network, flags, tmp_path, monkeypatch, capsys):
     images, labels = data.load("digits", "")[2:4]
     with torch.no_grad():
         predicted = network.model(network.preprocess(images)).argmax(1)
@@ -350,6 +351,7 @@ def test_a_decision_is_against_what_the_image_is(network, flags, tmp_path, capsy
     assert lines[0].startswith(f"{predicted[wrong]}: logit")
     assert lines[1].startswith(f"{labels[wrong]}: logit")
     assert len(lines) == 2 + 4
+    monkeypatch.setattr(decision, "save_figure", lambda *args: None)  # which takes seconds
     said, flags = int(predicted[right]), [*flags, "--image", str(right)]
     decision.main([*flags, "--class", str((said + 3) % 10)])
     assert f"\n{(said + 3) % 10}: logit" in capsys.readouterr().out
@@ -458,3 +460,21 @@ def test_no_mistakes_make_an_empty_table():
     assert inside.mistakes(torch.tensor([0, 1]), torch.eye(2), ["a", "b"]) == []
     (row,) = inside.mistakes(torch.tensor([0, 0]), torch.eye(2), ["a", "b"])
     assert row[:3] == (1, "a", "b") and row[3] == pytest.approx(torch.eye(2).softmax(1)[0, 0].item())
+
+
+@pytest.mark.parametrize(
+    "script, words, message",
+    [
+        (attribution, "--class cat", "no class 'cat': --class takes 0, 1"),
+        (decision, "--class cat", "no class 'cat': --class takes 0, 1"),
+        (decision, "--image 360", "no test image 360: --image takes 0 to 359"),
+        (deletion, "--count 0", "--count: 0 is not 1 or more"),
+        (gradcam, "--layer top", "--layer: invalid choice: 'top'"),
+    ],
+)
+def test_wrong_flags_get_one_line(flags, tmp_path, capsys, script, words, message):
+    with pytest.raises(SystemExit) as stop:
+        script.main([*flags, *words.split()])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and "\n" not in error
+    assert not (tmp_path / "figures").exists()
