@@ -73,7 +73,7 @@ def load_network(path, dataset, device, **given):
             raise ValueError
         if len(about["mean"]) != 3 or about["size"] not in range(32, 1025):
             raise ValueError
-    except (TypeError, ValueError):  # anybody may have written it, and anything may be in it
+    except (TypeError, ValueError, RuntimeError):  # anybody may have written it, and anything may be in it
         raise UserError(f"{path} was not written by train.py: name a weights.pt of it with --weights")
     if len(about["classes"]) != count:
         names = f"there are {len(about['classes'])} names of classes"

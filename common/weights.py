@@ -33,7 +33,11 @@ def read(path):
         raise UserError(f"{path} has weights of another network ({difference}): name others with --weights")
     counts = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
     state = counts | {ours: found[name].float() for name, ours in names.items() if name in found}
-    if not all(tensor.isfinite().all() for tensor in state.values()):
+    try:
+        finite = all(tensor.isfinite().all() for tensor in state.values())
+    except RuntimeError:  # there are tensors without values, and sparse ones
+        finite = False
+    if not finite:
         raise UserError(f"{path} has weights that are not finite: name others with --weights")
     return state, content if isinstance(content, dict) else {}
 

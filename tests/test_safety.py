@@ -18,6 +18,7 @@ import train
 from common import checkpoint, cli, data
 from common.network import load_network
 from common.run import Run, archive_previous, load_for_resume, locked
+from MyResnet import sequential
 
 SMALL = (
     "--dataset digits --recipe standard --limit 200 --size 32 --batch-size 64 --no-visdom --device cpu "
@@ -347,11 +348,12 @@ def mutated(content, random):
 def tiny(monkeypatch):
     """A network so small that its file has a few kilobytes, and what weights.pt holds of it."""
 
-    def network(num_classes):
-        convolution = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        return nn.Sequential(*convolution, nn.Linear(4, num_classes))
+    def network(classes):
+        layers = dict(conv1=sequential(conv=nn.Conv2d(3, 4, 3)), pool=nn.AdaptiveAvgPool2d(1))
+        return sequential(**layers, flatten=nn.Flatten(), fc=nn.Linear(4, classes))
 
-    monkeypatch.setattr("common.network.ResNet18", network)
+    for module in "network", "weights":
+        monkeypatch.setattr(f"common.{module}.ResNet18", network)
     content = dict(model=network(2).state_dict(), classes=["cat", "dog"], source="a test", settings={})
     return content | dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), size=32, accuracy=0.5)
 
@@ -420,9 +422,10 @@ def test_damaged_checkpoint_of_a_run_opens_or_ends_in_one_line(tmp_path, capsys)
         opens_or_ends_in_one_line(resume, capsys)
 
 
-def test_wrapped_networks_weights_open(tiny, tmp_path):
-    for prefix in "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.":
-        wrapped = {prefix + name: tensor for name, tensor in tiny["model"].items()}
-        torch.save(tiny | dict(model=wrapped), tmp_path / "weights.pt")
-        state = load_network(tmp_path / "weights.pt", "cifar10", torch.device("cpu")).model.state_dict()
-        assert all(torch.equal(state[name], tiny["model"][name]) for name in state)
+def test_wrapped_networks_weights_open(run, tmp_path):
+    saved = checkpoint.load(run / "weights.pt")
+    for prefix in "module.", "_orig_mod.module.":
+        wrapped = {prefix + name: tensor for name, tensor in saved["model"].items()}
+        torch.save(saved | dict(model=wrapped), tmp_path / "weights.pt")
+        state = load_network(tmp_path / "weights.pt", "digits", torch.device("cpu")).model.state_dict()
+        assert all(torch.equal(state[name], tensor.float()) for name, tensor in saved["model"].items())
