@@ -6,16 +6,20 @@ import os
 import sys
 from pathlib import Path
 
-from tornado.web import RequestHandler
 from visdom.server import app, run_server
 from visdom.server.handlers import web_handlers
 
 
-def render(handler, template, **values):
-    """Sends what visdom's handlers send. Where they leave it to the browser what to show, at the bare address
-    and for a page that is not there, it would show what it showed last, or nothing: here the front page."""
-    values["active_item"] = values.get("active_item") or "main"
-    RequestHandler.render(handler, template, **values)
+def show_front_page():
+    """Makes the bare address, and those of pages that are not there, lead to the front page: a browser would
+    show what it showed last, which may be no more, or nothing."""
+    get = web_handlers.EnvHandler.get
+
+    def get_page(handler, name):
+        return get(handler, name) if name in handler.state else handler.redirect("/env/main")
+
+    web_handlers.EnvHandler.get = get_page
+    web_handlers.IndexHandler.get = lambda handler, path: handler.redirect("/env/main")
 
 
 def set_aside_damaged(path):
@@ -32,8 +36,7 @@ def serve(port, path):
     """Serves this machine alone until interrupted, with the pages in the folder `path`. Raises OSError."""
     os.makedirs(path, exist_ok=True)
     set_aside_damaged(path)
-    for handler in web_handlers.IndexHandler, web_handlers.EnvHandler:
-        handler.render = render
+    show_front_page()
     logging.disable()  # else the web framework tells on the terminal what it could not answer
     app.tornado_settings["autoreload"] = False  # else an edit to any module would restart it, empty
 
