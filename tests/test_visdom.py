@@ -45,14 +45,14 @@ def port(monkeypatch, free_port):
         server.wait()
 
 
-def wait_for(condition, seconds=40):
+def wait_for(condition, seconds=120):
     """What `condition` returns once that is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             if result := condition():
                 return result
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):  # not there yet
             pass
         time.sleep(0.2)
     pytest.fail(f"not within {seconds} s")
@@ -142,8 +142,7 @@ def test_server_that_dies_comes_back_with_everything(port, tmp_path, monkeypatch
         first.kill()
         first.wait()
         add(history, 0.5, 0.3)
-        drawn = wait_for(lambda: (now := panes(port, "mine")) and "Train Loss" in now and now)
-        assert points(drawn["Train Loss"]) == [(1, 2), (2, 0.5)]
+        wait_for(lambda: points(panes(port, "mine")["Train Loss"]) == [(1, 2), (2, 0.5)])
         assert page.server is not first
     assert not page._thread.is_alive() and not client.is_listening(port)
 
@@ -292,7 +291,9 @@ def test_port_of_another_program_is_refused(port, tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()  # and never answers
-        with pytest.raises(UserError, match=f"port {port} is used by another program.*--no-visdom"):
+        with pytest.raises(
+            UserError, match=f"port {port} is used by another program: choose another --port$"
+        ):
             client.is_listening(port)
 
 
@@ -405,11 +406,18 @@ print(json.dumps([dict(filename=f"{{i}}.tgz") for i in range(len(packages))]))
 
 def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
     monkeypatch.chdir(tmp_path)
-    flags = "--dataset digits --limit 100 --epochs 1 --size 32 --device cpu --precision fp32"
+    flags = (
+        "--dataset digits --recipe standard --limit 100 --epochs 1 --size 32 --device cpu --precision fp32"
+    )
     assert not train.main([*flags.split(), "--port", str(port)])
     (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")  # with the time it began
     saved = json.loads(file.read_text())["jsons"]
     assert len(points(saved["Train Loss"])) == len(points(saved["Validation Accuracy"])) == 1
+    (raw, mean), accuracies = (
+        saved[pane]["content"]["data"] for pane in ("Train Loss", "Validation Accuracy")
+    )
+    assert raw["mode"] == mean["mode"] == "markers"  # a line of one point is not seen
+    assert [trace["name"] for trace in accuracies] == ["validation", "training"]  # there is one size
     assert "finished" in saved["Run"]["content"] and "recipe" in saved["Run"]["content"]
     told = re.search(r"batch_size</b>&emsp;</td><td>(\d+)<", saved["Run"]["content"])
     assert told[1] == "100"  # all there are, not 128
@@ -520,3 +528,46 @@ def test_explorer_answers_before_it_goes_on_in_the_background(run):
     explored.closing = True
     with pytest.raises(ConnectionError):
         next(explored.track([1]))
+
+
+def test_server_tells_the_terminal_nothing_of_its_framework(port, tmp_path):
+    command = [sys.executable, Path(Myvisdom.__file__), "--port", str(port)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: client.is_listening(port))
+        for path in "static/css/none.css", "static/../../x", "none", "env_state", "update":
+            assert requests.post(f"{client.address(port)}/{path}", "{not json", timeout=60).status_code >= 400
+            requests.get(f"{client.address(port)}/{path}", timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    told = (tmp_path / "log").read_text()
+    assert f"http://127.0.0.1:{port}" in told
+    assert not re.search("error|warn|traceback|could not", told, re.IGNORECASE)
+
+
+def test_folder_of_the_pages_that_cannot_be_made_is_told(port, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    with pytest.raises(SystemExit):
+        Myvisdom.main(["--port", str(port)])
+    assert "error: cannot make the folder runs/visdom" in capsys.readouterr().err
+
+
+def test_short_run_waits_for_a_server_that_starts_slowly(port, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page, real = make(port)[0], client.connect
+    attempts = []
+
+    def connect(*args, **options):
+        attempts.append(1)
+        if len(attempts) < 50:  # of a fifth of a second: longer than any limit there was
+            raise ConnectionError
+        return real(*args, **options)
+
+    monkeypatch.setattr(client, "connect", connect)
+    with page:
+        pass
+    assert "waiting for the live page" in capsys.readouterr().out
+    assert "Train Loss" in json.loads((tmp_path / "runs/visdom/mine.json").read_text())["jsons"]
