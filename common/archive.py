@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import checkpoint
-from common.cli import UserError
+from common.cli import UserError, progress_bar
 
 PACKED, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 TIMEOUT = 20  # seconds without data, after which a download has failed
@@ -107,9 +106,7 @@ def _receive(url):
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             size, done = int(response.headers.get("Content-Length", 0)), 0
-            with tqdm(
-                desc="downloading", total=size, unit="B", unit_scale=True, leave=False, disable=None
-            ) as bar:
+            with progress_bar(desc="downloading", total=size, unit="B", unit_scale=True) as bar:
                 while chunk := response.read1(2**20):
                     yield chunk
                     done += len(chunk)

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import archive, checkpoint
 from common.archive import PACKED, UNPACKED
-from common.cli import UserError
+from common.cli import UserError, progress_bar
 from common.device import memory_format
 from common.images import EXTENSIONS, READABLE, SIDE, photograph, read_image
 
@@ -181,7 +180,7 @@ def _image_folders(root, splits):
         new = [(key, path) for key, path in zip(keys, labels) if key not in known]
         with ThreadPoolExecutor() as pool:
             results = pool.map(_image_or_error, [path for _, path in new])
-            results = list(tqdm(results, f"reading {root}", len(new), leave=False, disable=None))
+            results = list(progress_bar(results, f"reading {root}", len(new)))
         for (key, path), result in zip(new, results):
             if isinstance(result, UserError):
                 broken[path] = result

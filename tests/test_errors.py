@@ -46,7 +46,7 @@ def things(run, image_folders, tmp_path_factory):
     saved = torch.load("run/weights.pt", weights_only=True)
     torch.save(saved | {"model": ResNet18(5).state_dict()}, "five.pt")
     torch.save(saved | {"model": {}}, "nothing.pt")
-    renamed = {f"{'long' * 20}.{name}": tensor for name, tensor in saved["model"].items()}
+    renamed = {f"{name}.{'long' * 20}": tensor for name, tensor in saved["model"].items()}
     torch.save(saved | {"model": renamed}, "renamed.pt")
     torch.save(ResNet18(), "object.pt")
     torch.save(saved | {"accuracy": np.float64(0.5)}, "numpy.pt")
