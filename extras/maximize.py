@@ -95,13 +95,19 @@ def main(argv=None):
         best = responses.cached_strongest(network, dataset.test_images)[args.layer][3].amax(1)
     for channel in channels:
         image, activation = maximize(network, args.layer, channel, args.steps, args.seed)
-        caption = f"mean activation {activation:.3f}"
-        if best is not None:
-            caption += f"; the best test image has {best[channel]:.3f}"
-        map_name = f"map {channel} of {args.layer}"
-        figure = figures.side_by_side([image], [caption], f"What would excite {map_name} most")
+        reached = None if best is None else best[channel]
+        figure, caption = draw(image, args.layer, channel, activation, reached)
         save_figure(figure, args, f"maximize_{args.layer}_map{channel}.png")
-        print(f"{map_name}: {caption}")
+        print(f"map {channel} of {args.layer}: {caption}")
+
+
+def draw(image, layer, channel, activation, best=None):
+    """(a figure of what `maximize` returned, its caption); `best` is the test set's largest mean activation."""
+    caption = f"mean activation {activation:.3f}"
+    if best is not None:
+        caption += f"; the best test image has {best:.3f}"
+    title = f"What would excite map {channel} of {layer} most"
+    return figures.side_by_side([image], [caption], title), caption
 
 
 if __name__ == "__main__":

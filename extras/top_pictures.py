@@ -28,29 +28,36 @@ def main(argv=None):
         name_of = lambda index: network.classes[labels[index]]  # noqa: E731
     (maps,) = inside.feature_maps(network.model, network.preprocess(everything[0]), args.layer)
     inside.choose_maps(maps, args.map)  # an error before the long search
-    found = responses.cached_strongest(network, everything, batch=batch)
-    values, indices, positions, _ = found[args.layer]
-    for channel in inside.choose_maps(values[None, ..., None], args.map):
-        images, places = torch.stack([everything[int(index)] for index in indices[channel]]), []
-        seen = responses.crops(network, args.layer, maps.shape[3], images, positions[channel])
-        for image, index, position, (crop, box) in zip(images, indices[channel], positions[channel], seen):
-            x, (top, left, bottom, right) = network.preprocess(image), box
-            pattern = inside.reconstruct(network.model, x, args.layer, channel, args.method, int(position))
-            how = args.layer, channel, args.method, int(position)
-            _, correlation = inside.control(network.model, x, pattern, *how)
-            scale = f"{figures.largest(pattern)}\ncontrol: {correlation:.2f}"
-            pattern = figures.pattern_image(pattern.cpu())[:, top:bottom, left:right]
-            places.append((crop, pattern, name_of(int(index)), scale))
-        figure = nine_and_nine(places, values[channel], channel, args)
+    found = responses.cached_strongest(network, everything, batch=batch)[args.layer]
+    for channel in inside.choose_maps(maps, args.map):
+        figure = draw(network, everything, name_of, found, args.layer, channel, args.method)
         save_figure(figure, args, f"top_pictures_{args.layer}_map{channel}.png")
 
 
-def nine_and_nine(places, values, channel, args):
+def draw(network, everything, name_of, found, layer, channel, method="guided"):
+    """A figure of the nine of all images, uint8 [N, 3, S, S] or `Photographs`, that map `channel` responds to
+    most. `name_of` a number names an image's class; `found` is what `responses.strongest` has of the layer."""
+    values, indices, positions = (tensor[channel] for tensor in found[:3])
+    images, places = torch.stack([everything[int(index)] for index in indices]), []
+    (maps,) = inside.feature_maps(network.model, network.preprocess(images[0]), layer)
+    seen = responses.crops(network, layer, maps.shape[3], images, positions)
+    for image, index, position, (crop, box) in zip(images, indices, positions, seen):
+        x, (top, left, bottom, right) = network.preprocess(image), box
+        how = layer, channel, method, int(position)
+        pattern = inside.reconstruct(network.model, x, *how)
+        _, correlation = inside.control(network.model, x, pattern, *how)
+        scale = f"{figures.largest(pattern)}\ncontrol: {correlation:.2f}"
+        pattern = figures.pattern_image(pattern.cpu())[:, top:bottom, left:right]
+        places.append((crop, pattern, name_of(int(index)), scale))
+    return nine_and_nine(places, values, channel, layer, method)
+
+
+def nine_and_nine(places, values, channel, layer, method):
     """A figure of two 3×3 grids: what map `channel` saw in its `places`, and the patterns there. A place is
     (image [3, h, w], pattern [3, h, w], both in 0 … 1, class, the pattern's scale and control in words)."""
     figure = figures.Figure(figsize=(11, 6.2), layout="constrained")
-    figure.suptitle(f"What map {channel} of {args.layer} responds to most, of all images")
-    how = inside.METHOD_NAMES[args.method]
+    figure.suptitle(f"What map {channel} of {layer} responds to most, of all images")
+    how = inside.METHOD_NAMES[method]
     titles = "what it sees there, and its activation", f"the pattern in it, by {how} (grey is zero)"
     for i, (part, title) in enumerate(zip(figure.subfigures(1, 2), titles)):
         part.suptitle(title, fontsize=10)

@@ -164,7 +164,7 @@ def test_checkpoint_of_before_muon_is_resumed_and_opened(tmp_path, small_network
         settings=settings, model=new["model"], mean=settings["mean"], std=settings["std"], accuracy=0.125,
         optimizer=new["optimizer"], scaler={}, history=history,
     )  # fmt: skip
-    assert old.keys() == new.keys() and settings.keys() | {"muon_lr_factor"} == new["settings"].keys()
+    assert old.keys() == new.keys() and settings.keys() | {"muon_lr_factor", "machine"} == new["settings"].keys()
     assert history.keys() == new["history"].keys() and list(row) == list(new["history"]["epochs"][0])
     (tmp_path / "old").mkdir()
     torch.save(old, tmp_path / "old/last.pt")
@@ -307,7 +307,7 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch, 
 
     def evaluate(model, images, labels, size, *rest):
         saved_sizes.append(torch.load(path, weights_only=True)["size"] if path.exists() else None)
-        return real(model, images[:4], labels[:4], size, *rest)
+        return *real(model, images[:4], labels[:4], size, *rest)[:2], torch.zeros(len(labels), 10)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     flags = "--dataset digits --recipe quick --limit 8 --batch-size 4 --epochs 2 --no-visdom --device cpu "
@@ -322,7 +322,9 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch, 
 
 def test_second_half_is_evaluated_at_the_last_size_too(tmp_path, monkeypatch, small_network):
     monkeypatch.setattr(
-        train, "evaluate", lambda model, images, labels, size, *rest: (size / 10, size / 1000, None)
+        train,
+        "evaluate",
+        lambda model, images, labels, size, *_: (size / 10, size / 1000, torch.zeros(len(labels), 10)),
     )
     monkeypatch.setitem(train.RECIPES["digits"], "sizes", {32: 0.75, 40: 0.25})
     flags = "--dataset digits --limit 8 --batch-size 4 --epochs 4 --no-visdom --device cpu --precision fp32"
@@ -365,7 +367,9 @@ def test_each_step_has_its_rate_and_a_smoothed_loss(tmp_path, monkeypatch, small
 
 def test_final_accuracies_are_those_of_their_sets(tmp_path, monkeypatch, capsys, small_network):
     monkeypatch.setattr(
-        train, "evaluate", lambda model, images, labels, *rest: (0.0, len(images) / 1000, None)
+        train,
+        "evaluate",
+        lambda model, images, *_: (0.0, len(images) / 1000, torch.zeros(len(images), 10)),
     )
     start(tmp_path, "--epochs", "1")
     printed = capsys.readouterr().out
