@@ -45,7 +45,9 @@ def describe(device):
     with contextlib.suppress(OSError, StopIteration):  # Linux tells it there
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
-    return f"{name}, {'its GPU' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)}"
+    return f"{name}, {'its GPU' if device.type == 'mps' else threads}"
 
 
 def select_precision(name, device):

@@ -256,16 +256,17 @@ def compared_curves(runs):
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2)
     for (name, losses, epochs), color in zip(runs, ("#1f4e8c", "#e4572e")):
         window, means = running_mean(losses)
-        left.plot(
-            np.arange(window, window + len(means)), means, color=color, label=f"{name}, mean of {window}"
-        )
+        if len(means):
+            iterations, label = np.arange(window, window + len(means)), f"{name}, mean of {window}"
+            left.plot(iterations, means, color=color, label=label)
         accuracies = [100 * row["test_accuracy"] for row in epochs]
         right.plot([row["epoch"] for row in epochs], accuracies, "o-", ms=3, color=color, label=name)
     left.set(title="Training loss", xlabel="iteration", ylabel="training loss", ylim=(0, None))
     right.set(title="Validation accuracy after each epoch", xlabel="epoch", ylabel="accuracy, %")
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in left, right:
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     return left.figure
 

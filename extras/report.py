@@ -8,7 +8,6 @@ python -m extras.report --full                         takes minutes: with what 
 import base64
 import csv
 import itertools
-import os
 import shlex
 from pathlib import Path
 
@@ -36,7 +35,8 @@ class History:
         saved, folder = ({}, path) if path.is_dir() else (weights.read(path)[1], path.parent)
         kinds = dict(settings=dict, source=str, accuracy=float, classes=list)
         known = {key: saved[key] for key, kind in kinds.items() if isinstance(saved.get(key), kind)}
-        self.name = os.path.relpath(path) if path.exists() else str(path)
+        here = path.resolve().is_relative_to(Path.cwd())
+        self.name = path.resolve().relative_to(Path.cwd()).as_posix() if here else str(path)
         self.settings, self.source = known.get("settings", {}), known.get("source")
         rows, self.accuracy = _numbers(folder / "metrics.csv"), known.get("accuracy")
         if not saved and rows:
@@ -68,7 +68,9 @@ class History:
         momentum = f"{'Nesterov ' * bool(settings.get('nesterov'))}momentum {settings.get('momentum')}"
         factor = settings.get("muon_lr_factor")
         muon = f"Muon for the convolutions, at {factor} of the learning rate; for the rest " if factor else ""
-        augmentation = [f"cropped up to {settings['shift']} of 32 px off centre"] * bool(settings.get("shift"))
+        augmentation = [f"cropped up to {settings['shift']} of 32 px off centre"] * bool(
+            settings.get("shift")
+        )
         augmentation += ["half of them flipped"] * bool(settings.get("flip"))
         mean, std = (", ".join(map(str, settings.get(key, [UNKNOWN]))) for key in ("mean", "std"))
         return {
@@ -172,7 +174,9 @@ def layer(network, image, name, x, layer, images):
     shares = means.sort(descending=True).values.cumsum(0) / means.sum()
     found = dict(name=layer, count=len(means), height=maps.shape[2], width=maps.shape[3], strongest=strongest)
     found |= dict(value=float(means[strongest]), mean=float(means.mean()), half=int((shares < 0.5).sum()) + 1)
-    found |= dict(silent=int((maps[0].amax((1, 2)) <= 0).sum()), field=inside.receptive_field(network.model, layer))
+    found |= dict(
+        silent=int((maps[0].amax((1, 2)) <= 0).sum()), field=inside.receptive_field(network.model, layer)
+    )
     if found["silent"] < found["count"]:
         pattern = inside.reconstruct(network.model, x, layer, strongest)
         control = inside.control(network.model, x, pattern, layer, strongest)
@@ -231,9 +235,7 @@ def compared(history, other, images):
 
 def render(**content):
     """The report as HTML."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["percent"] = lambda value, digits=2: f"{value:.{digits}%}"
     environment.filters["plain"] = lambda value, digits=3: f"{value:.{digits}f}"
     environment.filters["thousands"] = lambda value: f"{value:,}"
@@ -266,6 +268,7 @@ def main(argv=None):
     content = dict(args=args, network=network, history=history, name=name, other=other, images=images)
     content |= dict(rows=list(MyResnet.table(network.size, len(network.classes))), inside=inside)
     content |= dict(training=training(history, images), filters=filters(network, images))
+    content["side"] = image.shape[-1]
     images["image"] = figures.side_by_side([image], [network.prediction(x)], title=name)
     layers = content["layers"] = [layer(network, image, name, x, n, images) for n in ("conv1", "conv5_x")]
     content["sanity"], seeds = None, 5 if args.full else 1
@@ -281,13 +284,17 @@ def main(argv=None):
     if len(history.counts):
         wrong = history.counts - history.counts.diagonal().diag()
         true, said = divmod(int(wrong.argmax()), len(wrong))
-        content["mistake"] = dict(count=int(wrong.max()), true=history.classes[true], said=history.classes[said])
+        content["mistake"] = dict(
+            count=int(wrong.max()), true=history.classes[true], said=history.classes[said]
+        )
         title = f"Confusion matrix of the {content['split']} set (accuracy {history.counts.trace() / history.counts.sum():.2%})"
         images["confusion"] = figures.confusion(history.counts, history.classes, title)
     content["differences"] = compared(history, other, images) if other else []
     for key, figure in images.items():
         images[key] = figure and "data:image/png;base64," + base64.b64encode(figures.png(figure)).decode()
-    html = render(**content, activations=activations, seeds=seeds, command=lambda *a, **k: command(args, *a, **k))
+    html = render(
+        **content, activations=activations, seeds=seeds, command=lambda *a, **k: command(args, *a, **k)
+    )
     with checkpoint.atomic_write(out / "report.html") as file:
         file.write(html.encode(errors="replace"))
     print(out / "report.html")
