@@ -11,7 +11,6 @@ torchrun --nproc-per-node=4 train.py   with four processes, with one GPU each if
 import contextlib
 import itertools
 import re
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -221,6 +220,9 @@ class NoPage(contextlib.nullcontext):
     def __init__(self, *args):
         super().__init__()
 
+    def evaluated(self, *args):
+        pass
+
 
 def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     """Trains `run` to its end, saving it after each epoch and every `save_every` minutes; `micro_batches` are
@@ -282,7 +284,7 @@ def evaluate_epoch(run, dataset, epoch, page):
     size, last_size, epochs = settings["sizes"][epoch], settings["sizes"][-1], settings["epochs"]
     distributed.broadcast_buffers(run.model)
     loss, accuracy, logits = evaluate(run.model, images, labels, size, settings, "evaluating")
-    page.evaluation = images, labels, logits
+    page.evaluated(run.model, images, labels, logits, size)
     last_size_accuracy, at_last_size = accuracy if size == last_size else None, ""
     if size != last_size and 2 * epoch >= epochs:
         progress = f"evaluating at {last_size} px"
@@ -335,7 +337,7 @@ def non_default_flags(args, **defaults):
     """Those flags that differ from their defaults, to be typed again: " --dataset digits"."""
     values = {name: str(getattr(args, name)) for name in defaults}
     changed = (name for name in defaults if values[name] != defaults[name])
-    return "".join(f" --{name} {shlex.quote(values[name])}" for name in changed)
+    return "".join(f" --{name} {cli.quote(values[name])}" for name in changed)
 
 
 def resume_command(args):
@@ -379,7 +381,7 @@ def start_or_resume(args, device):
         run = Run(settings, dataset, args.out, device, saved, init)
         stack.enter_context(run.explain_failures(args.accumulate))
         page_settings = settings | dict(device=str(device), schedule=schedule(sizes))
-        page_settings["batch_size"] = run.batch_size
+        page_settings |= dict(batch_size=run.batch_size, weights=str(args.out / "weights.pt"), data=args.data)
         page = page_class(run.history, page_settings, dataset.classes, run.steps, args.port)
         signal_number = train(run, dataset, page, args.save_every, args.accumulate, args.sync_bn)
     if signal_number:
@@ -391,7 +393,7 @@ def start_or_resume(args, device):
         counts = figures.confusion_matrix(dataset.test_labels, logits).tolist()
         rows = [["class", *dataset.classes], *([name, *row] for name, row in zip(dataset.classes, counts))]
         checkpoint.save_table(rows, args.out / "confusion.csv")
-    flag = f"--weights {shlex.quote(str(args.out / 'weights.pt'))}"
+    flag = f"--weights {cli.quote(str(args.out / 'weights.pt'))}"
     flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
     print(f"look inside it: python test_recon_conv5.py {flag}{flags}")
     print(f"by clicks:      python Myvisdom.py --explore {flag}{flags}")

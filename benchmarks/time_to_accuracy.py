@@ -30,7 +30,7 @@ def main(argv=None):
     print(f"{'run':<24}{'epochs':>8}{f'minutes to {REPORT:.2%}':>20}{'minutes':>10}{'test accuracy':>16}")
     for run in parser.parse_args(argv).runs:
         try:
-            rows = list(csv.DictReader(Path(run, "metrics.csv").read_text().splitlines()))
+            rows = list(csv.DictReader(Path(run, "metrics.csv").read_text(encoding="utf-8").splitlines()))
             reached, elapsed = minutes(rows, REPORT)
             final = float(rows[-1]["last_size_accuracy"] or "nan")
         except (OSError, KeyError, IndexError, ValueError):

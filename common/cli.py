@@ -9,7 +9,9 @@ import itertools
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -23,7 +25,13 @@ class UserError(Exception):
 
 def out_of_memory(error):
     """Whether a device or the system refused memory."""
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+    words = "out of memory|(allocate|not enough) memory|ALLOC_FAILED"  # CUDA's and MPS's, the CPU's, cuBLAS's
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
+def quote(*words):
+    """The words as a part of a command line, each to be typed as it is printed."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def one_line(text, limit=290):
@@ -65,9 +73,12 @@ def command(main):
         except BrokenPipeError:
             status = 141  # 128 + SIGPIPE, as a shell expects
         except OSError as error:
-            if error.filename is None and error.errno != errno.ENOSPC:  # a bug, which deserves its traceback
-                raise
-            message = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
+            if error.filename is None and error.errno == errno.EINVAL and sys.platform == "win32":
+                status = 141  # so Windows calls a broken pipe
+            elif error.filename is None and error.errno != errno.ENOSPC:
+                raise  # a bug, which deserves its traceback
+            else:
+                message = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -91,7 +102,7 @@ def prepare_output():
     for name in "stdin", "stdout", "stderr":  # in the order of their numbers, which no other file must get
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
         elif name != "stdin" and hasattr(stream, "reconfigure"):  # a notebook's has none
             stream.reconfigure(errors="replace")
 
@@ -102,7 +113,7 @@ def drop_unwritten():
         try:
             stream.flush()
         except OSError:
-            with contextlib.suppress(OSError), open(os.devnull, "w") as devnull:
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as devnull:
                 os.dup2(devnull.fileno(), stream.fileno())
 
 

@@ -27,10 +27,12 @@ def process_group(device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     try:
-        with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull if RANK else sys.stdout):
-            yield
+        with open(os.devnull, "w", encoding="utf-8") as devnull:
+            with contextlib.redirect_stdout(devnull if RANK else sys.stdout):
+                yield
     except RuntimeError as error:
         if peer_lost(error):
             raise UserError(PEER_LOST)

@@ -47,6 +47,14 @@ def contributions(model, means):
     return model.fc.weight.detach() * means
 
 
+@torch.inference_mode()
+def silent_shares(model, x):
+    """The share of the maps of each stage, {stage: 0 … 1}, that respond to none of the images `x`,
+    [N, 3, H, W] normalised."""
+    maps = feature_maps(model, x, *STAGES)
+    return {stage: float((of.amax((0, 2, 3)) <= 0).float().mean()) for stage, of in zip(STAGES, maps)}
+
+
 def class_gradients(model, x, label):
     """The gradients [N, 3, H, W] of the logit of class `label`, for each of the images `x`, by their
     pixels."""

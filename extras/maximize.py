@@ -102,7 +102,7 @@ def main(argv=None):
 
 
 def draw(image, layer, channel, activation, best=None):
-    """(a figure of what `maximize` returned, its caption); `best` is the test set's largest mean activation."""
+    """(a figure of what `maximize` returned, its caption); `best` is the largest of the test set."""
     caption = f"mean activation {activation:.3f}"
     if best is not None:
         caption += f"; the best test image has {best:.3f}"

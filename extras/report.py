@@ -8,7 +8,6 @@ python -m extras.report --full                         takes minutes: with what 
 import base64
 import csv
 import itertools
-import shlex
 from pathlib import Path
 
 import jinja2
@@ -101,7 +100,7 @@ class History:
         if len(sizes := set(self.settings.get("sizes", []))) == 1:
             values["size"] = sizes.pop()
         flags = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items())
-        return shlex.join(["python", "train.py", *itertools.chain(*flags)])
+        return cli.quote("python", "train.py", *itertools.chain(*flags))
 
 
 def _numbers(path):
@@ -249,7 +248,7 @@ def command(args, script, flags=(*cli.NETWORK, "dataset", "data", "image", "devi
         value = getattr(args, flag)
         if value not in (None, cli.FLAGS[flag].get("default")):
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return cli.quote(*words)
 
 
 @cli.command

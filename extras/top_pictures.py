@@ -36,7 +36,7 @@ def main(argv=None):
 
 def draw(network, everything, name_of, found, layer, channel, method="guided"):
     """A figure of the nine of all images, uint8 [N, 3, S, S] or `Photographs`, that map `channel` responds to
-    most. `name_of` a number names an image's class; `found` is what `responses.strongest` has of the layer."""
+    most. `name_of` a number names an image's class; `found` is what `responses.strongest` has of a layer."""
     values, indices, positions = (tensor[channel] for tensor in found[:3])
     images, places = torch.stack([everything[int(index)] for index in indices]), []
     (maps,) = inside.feature_maps(network.model, network.preprocess(images[0]), layer)

@@ -164,7 +164,8 @@ def test_checkpoint_of_before_muon_is_resumed_and_opened(tmp_path, small_network
         settings=settings, model=new["model"], mean=settings["mean"], std=settings["std"], accuracy=0.125,
         optimizer=new["optimizer"], scaler={}, history=history,
     )  # fmt: skip
-    assert old.keys() == new.keys() and settings.keys() | {"muon_lr_factor", "machine"} == new["settings"].keys()
+    assert old.keys() == new.keys()
+    assert settings.keys() | {"muon_lr_factor", "machine", "init"} == new["settings"].keys()
     assert history.keys() == new["history"].keys() and list(row) == list(new["history"]["epochs"][0])
     (tmp_path / "old").mkdir()
     torch.save(old, tmp_path / "old/last.pt")

@@ -58,10 +58,10 @@ def sources():
 def missing():
     """The part of `sources` that is not there, not whole, or another visdom's."""
     try:
-        record = json.loads((STATIC / RECORD).read_text())
+        record = json.loads((STATIC / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # perhaps visdom's own server has fetched them
         built = STATIC / "version.built"
-        record = dict(version=built.read_text().strip() if built.exists() else None, sizes={})
+        record = dict(version=built.read_text(encoding="utf-8").strip() if built.exists() else None, sizes={})
     if record["version"] != visdom.__version__:
         return sources()
     sizes = {file: (STATIC / file).stat().st_size for file in sources() if (STATIC / file).is_file()}

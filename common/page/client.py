@@ -26,6 +26,7 @@ for variable in ("NO_PROXY", "no_proxy"):
     os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
 
 PAGES = "runs/visdom"  # where the server keeps what the pages show
+TIMEOUT = 10  # seconds in which a server answers, also on a machine that is busy
 
 
 def address(port):
@@ -36,7 +37,7 @@ def address(port):
 def is_listening(port):
     """Whether a visdom server listens on `port`. Raises `UserError` if something else does."""
     try:
-        with urllib.request.urlopen(f"{address(port)}/env_state", b"{}", timeout=3) as answer:
+        with urllib.request.urlopen(f"{address(port)}/env_state", b"{}", timeout=TIMEOUT) as answer:
             if isinstance(json.load(answer), list):  # the names of its pages
                 return True
     except (OSError, http.client.HTTPException, ValueError) as error:  # not in time, not HTTP, or not JSON
@@ -50,7 +51,10 @@ def start_server(port):
     # -P: common/page/ is not on its path. Ctrl-C is for the run, which ends the server itself.
     command = [sys.executable, "-P", Path(__file__).with_name("server.py"), str(port), PAGES]
     silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    return subprocess.Popen(command, start_new_session=True, **silent)
+    alone = dict(start_new_session=True)
+    if sys.platform == "win32":  # which has no sessions
+        alone = dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
+    return subprocess.Popen(command, **alone, **silent)
 
 
 def stop_server(process):
@@ -71,7 +75,7 @@ def connect(port, env, events=False):
             pass
 
         def _handle_post(self, url, data=None):
-            answer = self.session.post(url, data=data or {}, timeout=5)
+            answer = self.session.post(url, data=data or {}, timeout=TIMEOUT)
             answer.raise_for_status()
             return answer.text
 
@@ -79,14 +83,15 @@ def connect(port, env, events=False):
     return Client("http://127.0.0.1", port=port, env=env, use_incoming_socket=events, raise_exceptions=True)
 
 
-def draw(client, title, traces, x="", y="", size=(400, 335), **layout):
-    """A pane of plotly traces, called `title`: visdom's own `bar` and `heatmap` lack what ours need."""
+def draw(client, title, traces, x="", y="", size=(400, 335), win=None, **layout):
+    """A pane of plotly traces, called `title`: visdom's own `bar` and `heatmap` lack what ours need. `win`
+    is the pane whose place it takes, if that has had another title."""
     legend = len(traces) > 1
     layout = dict(margin=dict(l=52, r=14, t=30 if legend else 10, b=40), showlegend=legend) | layout
     layout["legend"] = dict(orientation="h", x=0, y=1, yanchor="bottom", bgcolor="rgba(0, 0, 0, 0)")
     for axis, text in (("xaxis", x), ("yaxis", y)):
         layout[axis] = dict(title=text) | layout.get(axis, {})
-    message = dict(data=traces, layout=layout, win=title, eid=client.env)
+    message = dict(data=traces, layout=layout, win=win or title, eid=client.env)
     message["opts"] = dict(title=title, width=size[0], height=size[1])
     client._send(message | dict(version=time.time()))  # visdom 0.3 draws again only what has another version
 
@@ -109,9 +114,11 @@ def tile(image, caption, side, font):
     return f"<div style='{style};font-size:{font}px;line-height:1.1'>{tag}<br>{caption}</div>"
 
 
-def draw_images(client, win, images, captions, side, font, **opts):
-    """A pane of images, each as a `tile`."""
-    tiles = (tile(image, caption, side, font) for image, caption in zip(images, captions))
+def draw_images(client, win, images, captions, side, font, links=None, **opts):
+    """A pane of images, each as a `tile`; `links` are the addresses that they lead to."""
+    tiles = [tile(image, caption, side, font) for image, caption in zip(images, captions)]
+    if links:
+        tiles = [f"<a href='{link}' target='explore'>{image}</a>" for link, image in zip(links, tiles)]
     client.text("".join(tiles), win=win, opts=dict(title=win) | opts)
 
 

@@ -14,30 +14,33 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid
 
 from common import cli, data, figures, inside, responses
-from common.images import EXTENSIONS, read_image
-from common.network import network_from_flags
+from common.images import read_image
+from common.network import network_from_flags, weights_path
 from common.page import assets, client, front
+from common.page.choices import own_images, photographs
 
 # Pixels. Three columns of panes fill a window of 1280×800. A pane's height is a multiple of 15, less 10; what
 # visdom is given for it is 15 less than that.
 LEFT, GRID, RIGHT = 280, 530, 430  # widths; GRID is the side of the grid of maps, and the width of its column
 PANE = 560  # the height of the pane with the grid
-LISTED = 100  # test images to choose from by name; the others come at random
-PHOTOGRAPHS = {"a cat": "chelsea.png", "a horse": "horse.png", "a rocket": "rocket.jpg"}  # of scikit-image
+LISTED = 100  # test images to choose from by name, and mistakes among them; the others come at random
 TYPE = "<code>python Myvisdom.py --explore</code>"
 
 
 class Explorer:
     """The panes, drawn anew when something is chosen. `images` is {name: uint8 [3, S, S], or the path of an
-    image file, which is read when it is chosen}; `prepare` adds test images. The lock is held while a choice
-    or click is answered: what goes on in the background waits for it."""
+    image file, which is read when it is chosen}; `prepare` adds test images. `weights` is the path of the
+    network. The lock is held while a choice or click is answered: what goes on in the background waits for
+    it."""
 
-    def __init__(self, network, images, page):
-        self.network, self.images, self.page = network, images, page
+    def __init__(self, network, images, page, weights=""):
+        self.network, self.images, self.page, self.weights = network, images, page, Path(weights).resolve()
         self.layer, self.image, self.method = "conv5_x", next(iter(images)), "guided"
-        self.test_images = self.test_labels = self.found = None
+        self.test_images = self.test_labels = self.found = self.linked = None
+        self.taken_for = {}  # what the network takes those images for that it gets wrong, once that is known
         self.note, self.lock, self.closing = "", threading.Lock(), False
         self.refresh()
+        page.register_event_handler(self.on_link, "Choose")
         page.register_event_handler(self.on_property, "Choose")
         page.register_event_handler(self.on_click, "Maps")
 
@@ -63,6 +66,26 @@ class Explorer:
                 self._draw_choices()
                 self.page.text(html.escape(str(error)), win="Image", opts=dict(title="Image"))
 
+    def on_link(self, event):
+        """A mistake was clicked on the page of a run: the server tells."""
+        if event["event_type"] != "Open":
+            return
+        with self.lock:
+            if Path(event["weights"]).resolve() != self.weights:
+                text = (
+                    f"That is a mistake of another network than this one, {html.escape(str(self.weights))}."
+                )
+                text += f" To look at it, end this explorer and type<br>{event['command']}"
+                return self.page.text(text, win="Image", opts=dict(title="Image"))
+            self.linked = int(event["image"])
+            self._open_linked()
+
+    def _open_linked(self):
+        """Opens the test image that a link has named, if the test images are there by now."""
+        if None not in (self.linked, self.test_images) and self.linked < len(self.test_images):
+            self.image, self.linked, self.layer = self._add_test_image(self.linked), None, "conv5_x"
+            self.refresh()
+
     def on_click(self, event):
         """The grid of maps was double-clicked."""
         place = event.get("image_coord") or {}
@@ -73,13 +96,12 @@ class Explorer:
             channel = row * self.columns + column
             if column < self.columns and 0 <= channel < self.maps.shape[1] and channel != self.channel:
                 self.channel = channel
-                self._draw_pattern()
-                self._draw_activations()
-                self._draw_responses()
+                self._draw_channel()
 
     def refresh(self):
-        """Draws everything, for the image and the layer that are chosen, and the strongest map there. Raises
-        `UserError` if the image cannot be read."""
+        """Draws everything, for the image and the layer that are chosen, and the strongest map there: in
+        conv5_x the one that speaks most for what the network says. Raises `UserError` if the image cannot be
+        read."""
         image = self.images[self.image]
         image = read_image(image, self.network.crop) if isinstance(image, Path) else image
         self.x = self.network.preprocess(image)
@@ -89,17 +111,45 @@ class Explorer:
         self._draw_choices()  # visdom puts each pane into the first row that has room, so the order counts
         self._draw_grid()
         (self.channel,) = inside.choose_maps(self.maps, "strongest:1")
+        self.decision = self._decide() if self.layer == "conv5_x" else None
+        if self.decision:
+            self.channel = int(self.decision[1].argmax())
         self._draw_pattern()
         client.draw_images(self.page, "Image", [image], [caption], 190, 11, width=LEFT, height=230)
+        self._draw_channel(pattern=False)
+
+    def _decide(self):
+        """(the class that the network says against another, in words; what each map of conv5_x adds to the
+        difference of their logits [maps]). The other class is what the image is, or the next best."""
+        model, classes, truth = self.network.model, self.network.classes, self.image.partition(": ")[2]
+        parts = inside.contributions(model, inside.mean_activations(self.maps))
+        logits = parts.sum(1) + model.fc.bias.detach()
+        said = classes[logits.argmax()]
+        names = [truth] if truth in classes and truth != said else []
+        labels = inside.choose_classes(logits, classes, names)
+        if len(labels) < 2:
+            return None
+        (a, b), (x, y) = labels, logits[labels].tolist()
+        title = f"Why {classes[a]} and not {classes[b]}: logits {x:.2f} and {y:.2f}"
+        return title, (parts[a] - parts[b]).cpu()
+
+    def _draw_channel(self, pattern=True):
+        """Draws what is chosen with a map; the control last, since it takes the longest."""
+        if pattern:
+            self._draw_pattern()
         self._draw_activations()
         self._draw_responses()
+        arguments = self.layer, self.channel, self.method
+        control, correlation = inside.control(self.network.model, self.x, self.pattern, *arguments)
+        self._draw_pattern(control, inside.describe_control(self.layer, correlation))
 
     def _draw_choices(self):
         self.choices = dict(layer=inside.STAGES, image=list(self.images), method=list(inside.RELU_BACKWARD))
-        fields = [
-            dict(type="select", name=attribute, values=values, value=values.index(getattr(self, attribute)))
-            for attribute, values in self.choices.items()
-        ]
+        fields = []
+        for attribute, values in self.choices.items():
+            labels = [value + self.taken_for.get(value, "") for value in values]
+            chosen = values.index(getattr(self, attribute))
+            fields.append(dict(type="select", name=attribute, values=labels, value=chosen))
         # No field to type in: where a pane has an image, visdom swallows every key.
         fields.append(dict(type="button", name="or one", value="at random"))
         self.page.properties(fields, win="Choose", opts=dict(title="Choose", width=LEFT, height=155))
@@ -118,28 +168,49 @@ class Explorer:
         opts = dict(title=title, width=GRID, height=PANE - 15)
         self.page.image(heat_map(sheet).numpy(), win="Maps", opts=opts)
 
-    def _draw_pattern(self):
-        """The pattern that the map responded to, and the map."""
+    def _draw_pattern(self, control=None, verdict="Its control is being made …"):
+        """The pattern that the map responded to and the map; where it is given, the control and what it says
+        of the pattern."""
         layer, channel = self.layer, self.channel
-        pattern = inside.reconstruct(self.network.model, self.x, layer, channel, self.method)
+        if control is None:
+            self.pattern = inside.reconstruct(self.network.model, self.x, layer, channel, self.method)
         caption = f"what map {channel} of {layer} responded to, by {inside.METHOD_NAMES[self.method]}"
-        image = (255 * figures.pattern_image(pattern)).to(torch.uint8)
-        large = client.tile(image, f"{caption}; {figures.largest(pattern)}", 270, 11)
+        large, small = (
+            client.tile((255 * figures.pattern_image(pattern)).to(torch.uint8), text, side, 11)
+            for pattern, text, side in (
+                (self.pattern, f"{caption}; {figures.largest(self.pattern)}", 250),
+                (torch.zeros(3, 1, 1) if control is None else control, "control", 110),
+            )
+        )
         described = inside.describe_map(self.maps, layer, channel)
-        small = client.tile(heat_map(self.maps[0, channel]), described, 130, 11)
-        opts = dict(title="Map and pattern", width=RIGHT, height=305)
-        self.page.text(large + small, win="Map and pattern", opts=opts)
+        column = client.tile(heat_map(self.maps[0, channel]), described, 110, 11) + "<br>" + small
+        content = f"{large}<div style='display:inline-block;width:150px'>{column}</div>"
+        content += f"<div style='font-size:11px;line-height:1.1;margin:2px'>{verdict}</div>"
+        opts = dict(title="Map and pattern", width=RIGHT, height=335)
+        self.page.text(content, win="Map and pattern", opts=opts)
 
     def _draw_activations(self):
-        activations, channel = inside.mean_activations(self.maps).cpu(), self.channel
-        mark = dict(x=channel, y=float(activations[channel]), text=f"map {channel}", showarrow=False)
-        mark |= dict(font=dict(color="#b03a16"), yshift=9, bgcolor="white")
-        options = dict(size=(GRID, 125), bargap=0, annotations=[mark], margin=dict(l=52, r=14, t=8, b=32))
-        client.draw_bars(self.page, "Mean activations", activations, "mean", channel, **options)
+        """The maps' mean activations; for conv5_x, what they add to the decision."""
+        title, label = "Mean activations", "mean"
+        if self.decision:
+            title, values = self.decision
+            label, order = "adds", values.argsort(descending=True).tolist()
+            named = [*order[:3], order[-1]]
+        else:
+            values, named = inside.mean_activations(self.maps).cpu(), []
+        marks = [
+            dict(x=n, y=float(values[n]), text=f"map {n}", showarrow=False, bgcolor="rgba(255,255,255,0.7)")
+            | dict(font=dict(color="#b03a16" if n == self.channel else "#333", size=10))
+            | dict(yshift=7 if values[n] >= 0 else -7)
+            for n in dict.fromkeys([*named, self.channel])
+        ]
+        options = dict(size=(GRID, 125), bargap=0, annotations=marks, margin=dict(l=52, r=14, t=8, b=32))
+        options["win"] = "Mean activations"
+        client.draw_bars(self.page, title, values, label, self.channel, **options)
 
     def _draw_responses(self):
         """The nine test images that the map responds to most, and its mean activation by class; or a note."""
-        opts = dict(title=f"What map {self.channel} responds to most", width=RIGHT, height=365)
+        opts = dict(title=f"What map {self.channel} responds to most", width=RIGHT, height=335)
         if self.found is None:
             note = f"<div style='font-size:13px;padding:6px'>{html.escape(self.note)}</div>"
             return self.page.text(note, win="Nine", opts=opts)
@@ -162,6 +233,19 @@ class Explorer:
         self.images[name] = self.test_images[index]
         return name
 
+    def _list_mistakes(self):
+        """Puts the most confident mistakes first among the test images that one can choose. The means of
+        conv5_x, which are known of all of them, are all that their logits depend on."""
+        fc, means = self.network.model.fc, self.found["conv5_x"][3]
+        logits = means.T @ fc.weight.detach().cpu().T + fc.bias.detach().cpu()
+        for index, _, said, _ in inside.mistakes(self.test_labels, logits, self.network.classes)[:LISTED]:
+            self.taken_for[self._add_test_image(index)] = f", taken for {said}"
+        own = [name for name in self.images if not name.startswith("test image ")]
+        self.images = {
+            name: self.images[name] for name in dict.fromkeys([*own, *self.taken_for, *self.images])
+        }
+        self._draw_choices()
+
     def prepare(self, args):
         """Adds the test images, where they are, and finds what each map responds to most; for a thread."""
         try:
@@ -175,10 +259,12 @@ class Explorer:
                     for index in range(min(LISTED, len(self.test_images))):
                         self._add_test_image(index)
                     self._draw_choices()
+                    self._open_linked()
                 network = self.network._replace(model=copy.deepcopy(self.network.model))  # hooks are its own
                 found = responses.cached_strongest(network, dataset.test_images, batch=8, progress=self.track)
                 with self.lock:
                     self.found = found
+                    self._list_mistakes()
                     self._draw_responses()
             else:
                 self.say(f"Where CIFAR-10 is, this shows test images. It is not in {args.data}.")
@@ -220,32 +306,6 @@ def to_square(image):
     return F.pad(image, (0, max(h, w) - w, 0, max(h, w) - h), value=1.0)
 
 
-def own_images(args, network):
-    """What --image names, {name: uint8 [3, S, S] or a path}: files, folders, numbers of test images. Raises
-    `UserError`."""
-    found = {}
-    for image in args.image:
-        if Path(image).is_dir():
-            files = sorted(file for file in Path(image).iterdir() if file.suffix.lower() in EXTENSIONS)
-            if not files:
-                raise cli.UserError(f"no images in the folder {image}: name another, or an image file")
-            found |= {file.name if file.name not in found else str(file): file for file in files}
-        elif image.isdecimal() and not data.is_present(args.dataset, args.data):
-            raise cli.UserError(f"no test image {image} without CIFAR-10 in {args.data}: name an image file")
-        else:
-            pixels, name = data.select_image(image, args.dataset, args.data, network.classes, network.crop)
-            found[name if name not in found else image] = pixels
-    return found
-
-
-def photographs():
-    """{name: path} of scikit-image's photographs that show, or nearly, a class of CIFAR-10."""
-    import skimage
-
-    files = {name: Path(skimage.__file__).parent / "data" / file for name, file in PHOTOGRAPHS.items()}
-    return {name: file for name, file in files.items() if file.is_file()}
-
-
 def explore(args):
     """Opens the page and answers it until it is interrupted. Raises `UserError`."""
     port, network = args.port, network_from_flags(args)
@@ -268,7 +328,7 @@ def explore(args):
             leave_note(page)  # what is seen when the server is started again without this
             front.draw(page)
             page.close(env="explore")
-            explorer = Explorer(network, images, page)
+            explorer = Explorer(network, images, page, weights_path(args.weights, args.dataset))
             print(f"look inside: {client.address(port)}/env/explore (Ctrl-C ends it)", flush=True)
             background = threading.Thread(target=explorer.prepare, args=[args], daemon=True)
             background.start()

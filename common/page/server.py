@@ -1,13 +1,16 @@
 """The visdom server, in a process of its own that imports little else: server.py PORT PATH"""
 
+import html
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from visdom.server import app, run_server
 from visdom.server.handlers import web_handlers
+from visdom.utils.server_utils import send_to_sources
 
 
 def show_front_page():
@@ -16,10 +19,29 @@ def show_front_page():
     get = web_handlers.EnvHandler.get
 
     def get_page(handler, name):
+        if name == "explore" and handler.get_argument("image", "").isdecimal():
+            return open_in_explorer(handler)
         return get(handler, name) if name in handler.state else handler.redirect("/env/main")
 
     web_handlers.EnvHandler.get = get_page
     web_handlers.IndexHandler.get = lambda handler, path: handler.redirect("/env/main")
+
+
+def open_in_explorer(handler):
+    """Answers the link of a mistake: an explorer that runs is told to open that image, by an event as those
+    that the browser sends it; where none runs, the answer is what to type."""
+    flags = {key: handler.get_argument(key, "") for key in ("weights", "dataset", "data", "image")}
+    usual = "", "cifar10", "data"
+    given = " ".join(f"--{key} {shlex.quote(value)}" for key, value in flags.items() if value not in usual)
+    command = f"<code>python Myvisdom.py --explore {html.escape(given)}</code>"
+    if handler.sources and "explore" in handler.state and "Choose" in handler.state["explore"]["jsons"]:
+        send_to_sources(
+            handler, dict(flags, eid="explore", target="Choose", event_type="Open", command=command)
+        )
+        return handler.redirect("/env/explore")
+    style = "font:16px sans-serif;line-height:1.7;margin:60px"
+    handler.write(f"<title>The explorer</title><div style='{style}'>No explorer is open. In a terminal,<br>"
+                  f"{command}<br>opens it on this image; then load this page again.</div>")  # fmt: skip
 
 
 def set_aside_damaged(path):
@@ -27,7 +49,7 @@ def set_aside_damaged(path):
     drawn on them."""
     for file in Path(path).glob("*.json"):
         try:
-            json.loads(file.read_text())["jsons"]
+            json.loads(file.read_text(encoding="utf-8"))["jsons"]
         except (ValueError, KeyError, TypeError):
             file.replace(file.with_suffix(".damaged"))
 
