@@ -59,7 +59,8 @@ def draw(network, image, name, x, names=()):
         (for_a, for_b), peak = parts[:, channel], float(maps[0, channel].max())
         lines.append(f"map {channel}: {a} {for_a:+.3f}, {b} {for_b:+.3f}")
         figures.show(top, maps[0, channel, None], cmap="inferno", vmin=0, vmax=peak or 1.0)
-        top.set_xlabel(f"{lines[-1]}\nbrightest at {peak:.2f}")
+        label = f"map {channel}, brightest at {peak:.2f}\n{a} {for_a:+.3f}\n{b} {for_b:+.3f}"
+        top.set_xlabel(label)
         figures.show(middle, figures.pattern_image(pattern))
         middle.set_xlabel(f"pattern, {figures.largest(pattern)}")
         figures.show(bottom, figures.pattern_image(control))

@@ -21,6 +21,7 @@ FLOORS = [  # from the top down: a module imports only what stands below it
         ["common.muon"],
         ["common.figures"],
         ["common.responses"],
+        ["common.history"],
         ["common.inside"],
         ["common.network"],
         ["common.weights"],
