@@ -6,30 +6,40 @@ import html
 import logging
 import threading
 import time
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import cli, figures
+from common import cli, data, figures, inside
 from common.page import assets, client, front, server
 
 PATIENCE = 60  # seconds: the longest that the end of a run waits for its page
+LOOKED_AT = 50  # test images by which a map is called silent
 
 
 class Page:
     """The panes of one run, drawn every two seconds by a thread from the run's `history`. So nothing that
     happens to the server stops the run or makes it wait, and a server that comes back shows everything.
-    `steps` are those of an epoch. The run sets `eta`, the time left in words, and `evaluation`: the test
-    images, their labels and the network's logits. Raises `UserError` if something else listens on `port`."""
+    `steps` are those of an epoch. The run sets `eta`, the time left in words, and calls `evaluated`. Raises
+    `UserError` if something else listens on `port`."""
 
     def __init__(self, history, settings, classes, steps, port):
         self.history, self.settings, self.classes, self.steps = history, settings, classes, steps
         self.name, self.port = settings["name"], port
-        self.evaluation = self.server = self._client = self._drawn_evaluation = None
+        self.evaluation = self.filters = self.server = self._client = self._drawn_evaluation = None
         self.eta, self.starts, self._announced = "", 0, False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def evaluated(self, model, images, labels, logits, size):
+        """For the run to call after an evaluation: takes what the page shows of the network, `model` as it
+        is now, and its `logits` [N, classes] of the images, uint8 [N, 3, S, S], resized to `size`."""
+        x = data.normalize_and_resize(images[:LOOKED_AT], size, self.settings["mean"], self.settings["std"])
+        self.filters = model.conv1.conv.weight.detach().float().cpu().clone(), inside.silent_shares(model, x)
+        self.evaluation = images, labels, logits
 
     def __enter__(self):
         if not client.is_listening(self.port):
@@ -95,7 +105,7 @@ class Page:
             front.draw(self._client)
 
     def _draw_iterations(self, count):
-        """The loss, the learning rate with the size of the images, and the speed, of `count` iterations."""
+        """The loss; the learning rate, the size of the images and the speed: of `count` iterations."""
         loss, rates, clock = (np.array(self.history[key][:count]) for key in ("loss", "rate", "clock"))
         iterations = np.arange(1, count + 1)
         window, means = figures.running_mean(loss)
@@ -116,10 +126,12 @@ class Page:
         client.draw(self._client, "Train Loss", [raw, mean], "iteration", "loss", (375, 335), yaxis=from_zero)
         rate = line(iterations, rates, "learning rate")
         size = line(iterations, sizes, "image size, px", yaxis="y2")
-        right = from_zero | dict(overlaying="y", side="right", showgrid=False, automargin=True)
-        client.draw(self._client, "Learning Rate", [rate, size], "iteration", size=(270, 335), yaxis2=right)
-        trace = line(iterations[stride::stride], speed, "")
-        client.draw(self._client, "Speed", [trace], "iteration", "images/s", (240, 335), yaxis=from_zero)
+        lower = line(iterations[stride::stride], speed, "images/s", yaxis="y3", showlegend=False)
+        axes = dict(xaxis=dict(anchor="y3"), yaxis=dict(domain=[0.55, 1]))
+        axes["yaxis2"] = from_zero | dict(overlaying="y", side="right", showgrid=False, automargin=True)
+        axes["yaxis3"] = from_zero | dict(domain=[0, 0.42], title="images/s")
+        title = "Learning Rate and Speed"
+        client.draw(self._client, title, [rate, size, lower], "iteration", size=(285, 335), **axes)
 
     def _draw_epochs(self, rows):
         names = dict(test_accuracy="validation", train_accuracy="training")
@@ -155,7 +167,9 @@ class Page:
         self._client.text("".join(tables), win="Run", opts=dict(title="Run", width=340, height=335))
 
     def _draw_evaluation(self, images, labels, logits):
-        """The confusion matrix, and the test images with the most confident mistakes."""
+        """The filters, the confusion matrix, and the test images with the most confident mistakes."""
+        if self.filters:
+            self._draw_filters(*self.filters)
         counts, classes = figures.confusion_matrix(labels, logits), self.classes
         trace = dict(type="heatmap", z=counts.tolist(), x=classes, y=classes, showscale=False)
         trace["hovertemplate"] = "%{z} images: %{y}, taken for %{x}<extra></extra>"
@@ -165,19 +179,34 @@ class Page:
         axes = dict(xaxis=axis | dict(tickangle=-35), yaxis=axis | dict(autorange="reversed"))
         axes["margin"] = dict(l=85, r=6, t=6, b=75)
         client.draw(self._client, "Confusion", [trace], "predicted class", "true class", (445, 335), **axes)
-        confidence, predicted = logits.softmax(1).max(1)
-        wrong = (predicted != labels).nonzero().flatten()
-        worst = wrong[confidence[wrong].argsort(descending=True)[:18]]
-        captions = [f"{classes[predicted[i]]} {confidence[i]:.0%},<br>is {classes[labels[i]]}" for i in worst]
-        opts = dict(title="Most confident mistakes", width=410, height=335)
-        client.draw_images(self._client, "Mistakes", images[worst], captions, 64, 9, **opts)
+        worst = inside.mistakes(labels, logits, classes)[:18]
+        captions = [f"{n}: {said} {sure:.0%},<br>is {name}" for n, name, said, sure in worst]
+        opts, title = dict(width=410, height=335), "Most confident mistakes"
+        if not self.settings.get("holdout"):  # else they are no test images, which the explorer opens
+            title += ": click one to see why"
+            flags = {key: self.settings.get(key, "") for key in ("weights", "dataset", "data")}
+            opts["links"] = [f"/env/explore?{urlencode(flags | dict(image=row[0]))}" for row in worst]
+        numbers = [row[0] for row in worst]
+        client.draw_images(self._client, "Mistakes", images[numbers], captions, 64, 9, title=title, **opts)
+
+    def _draw_filters(self, filters, silent):
+        """The filters of conv1 [64, 3, k, k], and the share of silent maps {stage: 0 … 1}."""
+        scaled = 127.5 + 127.5 * filters / filters.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+        cells = F.pad(scaled, (1, 0, 1, 0), value=255).to(torch.uint8)
+        sheet = torch.cat([torch.cat(list(row), 2) for row in cells.split(8)], 1)
+        tile = client.tile(sheet, f"All {len(filters)}, each at full contrast.", 190, 11)
+        bar = "<div style='display:inline-block;background:#4c78a8;height:8px;width:{:.0f}px'></div> {:.0%}"
+        table = _table({stage: bar.format(80 * share, share) for stage, share in silent.items()}, str)
+        note = f"Silent maps, on all of {LOOKED_AT} test images:"
+        content = f"{tile}<div style='font-size:11px;margin:2px'>{note}<br>{table}</div>"
+        opts = dict(title="Filters of conv1", width=215, height=335)
+        self._client.text(content, win="Filters", opts=opts)
 
 
-def _table(rows):
+def _table(rows, escape=html.escape):
     """{key: value} as an HTML table, which stands beside another where there is room."""
     cells = "".join(
-        f"<tr><td><b>{key}</b>&emsp;</td><td>{html.escape(str(value))}</td></tr>"
-        for key, value in rows.items()
+        f"<tr><td><b>{key}</b>&emsp;</td><td>{escape(str(value))}</td></tr>" for key, value in rows.items()
     )
     style = "display:inline-table;margin-right:12px;vertical-align:top;font-size:11px;line-height:1.35"
     return f"<table style='{style}'>{cells}</table>"

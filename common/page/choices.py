@@ -1,0 +1,34 @@
+"""The images that one can choose in the explorer from its start: those of --image, and photographs."""
+
+from pathlib import Path
+
+from common import cli, data
+from common.images import EXTENSIONS
+
+PHOTOGRAPHS = {"a cat": "chelsea.png", "a horse": "horse.png", "a rocket": "rocket.jpg"}  # of scikit-image
+
+
+def own_images(args, network):
+    """What --image names, {name: uint8 [3, S, S] or a path}: files, folders, numbers of test images. Raises
+    `UserError`."""
+    found = {}
+    for image in args.image:
+        if Path(image).is_dir():
+            files = sorted(file for file in Path(image).iterdir() if file.suffix.lower() in EXTENSIONS)
+            if not files:
+                raise cli.UserError(f"no images in the folder {image}: name another, or an image file")
+            found |= {file.name if file.name not in found else str(file): file for file in files}
+        elif image.isdecimal() and not data.is_present(args.dataset, args.data):
+            raise cli.UserError(f"no test image {image} without CIFAR-10 in {args.data}: name an image file")
+        else:
+            pixels, name = data.select_image(image, args.dataset, args.data, network.classes, network.crop)
+            found[name if name not in found else image] = pixels
+    return found
+
+
+def photographs():
+    """{name: path} of scikit-image's photographs that show, or nearly, a class of CIFAR-10."""
+    import skimage
+
+    files = {name: Path(skimage.__file__).parent / "data" / file for name, file in PHOTOGRAPHS.items()}
+    return {name: file for name, file in files.items() if file.is_file()}
