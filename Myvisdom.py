@@ -38,7 +38,8 @@ class Page:
         """For the run to call after an evaluation: takes what the page shows of the network, `model` as it
         is now, and its `logits` [N, classes] of the images, uint8 [N, 3, S, S], resized to `size`."""
         x = data.normalize_and_resize(images[:LOOKED_AT], size, self.settings["mean"], self.settings["std"])
-        self.filters = model.conv1.conv.weight.detach().float().cpu().clone(), inside.silent_shares(model, x)
+        filters = model.conv1.conv.weight.detach().cpu().clone()
+        self.filters = filters, inside.silent_shares(model, x), len(x)
         self.evaluation = images, labels, logits
 
     def __enter__(self):
@@ -90,10 +91,12 @@ class Page:
         count, rows, evaluation = len(self.history["loss"]), list(self.history["epochs"]), self.evaluation
         self._draw_iterations(count)
         self._draw_run(count, rows)
-        if rows:
-            self._draw_epochs(rows)
         drawn = evaluation is self._drawn_evaluation
         new_evaluation = evaluation and not (drawn and self._client.win_exists("Mistakes"))
+        if connected or new_evaluation:
+            self._draw_filters()
+        if rows:
+            self._draw_epochs(rows)
         if new_evaluation:  # or the server is another
             self._draw_evaluation(*evaluation)
             self._drawn_evaluation = evaluation
@@ -127,7 +130,7 @@ class Page:
         rate = line(iterations, rates, "learning rate")
         size = line(iterations, sizes, "image size, px", yaxis="y2")
         lower = line(iterations[stride::stride], speed, "images/s", yaxis="y3", showlegend=False)
-        axes = dict(xaxis=dict(anchor="y3"), yaxis=dict(domain=[0.55, 1]))
+        axes = dict(xaxis=dict(anchor="y3"), yaxis=from_zero | dict(domain=[0.55, 1]))
         axes["yaxis2"] = from_zero | dict(overlaying="y", side="right", showgrid=False, automargin=True)
         axes["yaxis3"] = from_zero | dict(domain=[0, 0.42], title="images/s")
         title = "Learning Rate and Speed"
@@ -159,7 +162,8 @@ class Page:
             "drawn": time.strftime(front.TIME),
         }
         settings = {key: str(value) for key, value in self.settings.items()}
-        del settings["sizes"]  # "schedule" says it in a line
+        for key in "sizes", "weights", "data":  # "schedule" says it in a line; the links have the others
+            settings.pop(key, None)
         short = [key for key, value in settings.items() if len(value) < 14]  # two of these stand in a row
         progress |= {key: value for key, value in settings.items() if key not in short}
         tables = [_table({key: settings[key] for key in keys}) for keys in (short[::2], short[1::2])]
@@ -167,9 +171,7 @@ class Page:
         self._client.text("".join(tables), win="Run", opts=dict(title="Run", width=340, height=335))
 
     def _draw_evaluation(self, images, labels, logits):
-        """The filters, the confusion matrix, and the test images with the most confident mistakes."""
-        if self.filters:
-            self._draw_filters(*self.filters)
+        """The confusion matrix, and the test images with the most confident mistakes."""
         counts, classes = figures.confusion_matrix(labels, logits), self.classes
         trace = dict(type="heatmap", z=counts.tolist(), x=classes, y=classes, showscale=False)
         trace["hovertemplate"] = "%{z} images: %{y}, taken for %{x}<extra></extra>"
@@ -180,7 +182,7 @@ class Page:
         axes["margin"] = dict(l=85, r=6, t=6, b=75)
         client.draw(self._client, "Confusion", [trace], "predicted class", "true class", (445, 335), **axes)
         worst = inside.mistakes(labels, logits, classes)[:18]
-        captions = [f"{n}: {said} {sure:.0%},<br>is {name}" for n, name, said, sure in worst]
+        captions = [f"image {n}:<br>{said} {sure:.0%},<br>is {name}" for n, name, said, sure in worst]
         opts, title = dict(width=410, height=335), "Most confident mistakes"
         if not self.settings.get("holdout"):  # else they are no test images, which the explorer opens
             title += ": click one to see why"
@@ -189,17 +191,20 @@ class Page:
         numbers = [row[0] for row in worst]
         client.draw_images(self._client, "Mistakes", images[numbers], captions, 64, 9, title=title, **opts)
 
-    def _draw_filters(self, filters, silent):
-        """The filters of conv1 [64, 3, k, k], and the share of silent maps {stage: 0 … 1}."""
+    def _draw_filters(self):
+        """The filters of conv1, and the share of silent maps of each stage; before an evaluation a note."""
+        opts = dict(title="Filters of conv1", width=215, height=335)
+        if not self.filters:
+            return self._client.text("They come after the first epoch.", win="Filters", opts=opts)
+        filters, silent, count = self.filters
         scaled = 127.5 + 127.5 * filters / filters.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
         cells = F.pad(scaled, (1, 0, 1, 0), value=255).to(torch.uint8)
         sheet = torch.cat([torch.cat(list(row), 2) for row in cells.split(8)], 1)
         tile = client.tile(sheet, f"All {len(filters)}, each at full contrast.", 190, 11)
         bar = "<div style='display:inline-block;background:#4c78a8;height:8px;width:{:.0f}px'></div> {:.0%}"
         table = _table({stage: bar.format(80 * share, share) for stage, share in silent.items()}, str)
-        note = f"Silent maps, on all of {LOOKED_AT} test images:"
+        note = f"Maps that respond to none of {count} images:"
         content = f"{tile}<div style='font-size:11px;margin:2px'>{note}<br>{table}</div>"
-        opts = dict(title="Filters of conv1", width=215, height=335)
         self._client.text(content, win="Filters", opts=opts)
 
 

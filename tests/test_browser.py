@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,8 +97,8 @@ def screenshot(page, name):
 def test_training_page_has_every_pane_and_grows(page, start):
     flags = "--dataset digits --limit 512 --batch-size 32 --size 32 --epochs 40 --device cpu --precision fp32"
     page.goto(start(ROOT / "train.py", *flags.split()))
-    curves = {"Train Loss", "Validation Accuracy", "Learning Rate", "Speed"}
-    wanted = curves | {"Run", "Confusion", "Most confident mistakes"}
+    curves = {"Train Loss", "Validation Accuracy", "Learning Rate and Speed"}
+    wanted = curves | {"Run", "Filters of conv", "Confusion", "Most confident mistakes click one to see why"}
     page.wait_for_function(
         f"() => document.querySelectorAll('.window').length >= {len(wanted)}", timeout=60_000
     )
@@ -114,7 +115,8 @@ def test_training_page_has_every_pane_and_grows(page, start):
     assert later["Train Loss"][0] > first["Train Loss"][0] > 0
     assert later["Validation Accuracy"][0] > first["Validation Accuracy"][0]
     for name in wanted:  # on the screen, without scrolling or dragging
-        box = page.locator(".window", has=page.get_by_text(name, exact=True)).first.bounding_box()
+        title = re.compile(f"^{name.replace('mistakes', 'mistakes:')}1?$")
+        box = page.locator(".window", has=page.get_by_text(title)).first.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 1280 and box["y"] + box["height"] <= 800, name
     screenshot(page, "training")
 
@@ -128,7 +130,7 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     test_images = data.load("digits", "").test_images
     x = network.preprocess(test_images[0])
     (maps,) = inside.feature_maps(network.model, x, "conv5_x")
-    number = inside.choose_maps(maps, "strongest:2")[1]  # the first is shown from the start
+    number = inside.choose_maps(maps, "strongest:2")[1]
     row, column = divmod(number, 23)  # 23 columns of 23 px
     image.dblclick(position=dict(x=23 * column + 10, y=23 * row + 10))
     page.get_by_text(f"what map {number} of conv5_x responded to").wait_for(timeout=10_000)
@@ -243,3 +245,42 @@ def test_names_of_files_and_runs_are_only_text(page, start, run, tmp_path, free_
     page.get_by_text("How strongly each of the 64 maps").first.wait_for(timeout=30_000)
     page.wait_for_timeout(1000)
     assert page.evaluate("window.hacked") is None
+
+
+def test_click_on_a_mistake_leads_to_its_reason(page, start, run, free_port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights, digits = run / "weights.pt", data.load("digits", "")
+    network = load_network(weights, "digits", torch.device("cpu"))
+    bare = start(ROOT / "Myvisdom.py")
+    training, history = make(free_port, dataset="digits", weights=str(weights), data="data")
+    with torch.no_grad():
+        logits = network.model(network.preprocess(digits.test_images))
+    history["epochs"].append(dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None))
+    training.classes, training.evaluation = digits.classes, (digits.test_images, digits.test_labels, logits)
+    with training:
+        page.goto(f"{bare}/env/mine")
+        page.get_by_text("click one to see why").wait_for(timeout=60_000)
+    number, truth, said, _ = inside.mistakes(digits.test_labels, logits, digits.classes)[2]
+    mistake = page.locator("a", has_text=f"image {number}:")
+    with page.expect_popup() as popup:
+        mistake.click()
+    reason = popup.value
+    command = f"python Myvisdom.py --explore --weights {weights} --dataset digits --image {number}"
+    reason.get_by_text(command).wait_for(timeout=30_000)
+
+    start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights)
+    mistake.click()  # the same window shows it
+    reason.locator(CAPTION, has_text=f"test image {number}: {truth};").wait_for(timeout=60_000)
+    reason.get_by_text(f"Why {said} and not {truth}: what each map adds").wait_for(timeout=30_000)
+    reason.get_by_text("Control, by random weights in conv4_x and conv5_x: rank corr").wait_for(
+        timeout=30_000
+    )
+    options = reason.locator(".window select").nth(1).locator("option")
+    wanted = f"test image {number}: {truth}, taken for {said}"
+    reason.wait_for_function(
+        """wanted => [...document.querySelectorAll('option')].some(option => option.innerText == wanted)""",
+        arg=wanted,
+        timeout=60_000,
+    )
+    assert options.all_inner_texts().index(wanted) < 6  # the third of them, after a test image of the start
+    screenshot(reason, "mistake")

@@ -1,6 +1,9 @@
 """The live page, with the real visdom server."""
 
+import base64
+import html
 import http.server
+import io
 import json
 import os
 import re
@@ -15,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import requests
 import torch
@@ -26,10 +30,11 @@ import Myvisdom
 import test_activations
 import test_filter
 import train
-from common import data
+from common import data, inside, responses
 from common.cli import UserError
 from common.network import load_network
-from common.page import assets, client, explorer, front
+from common.page import assets, choices, client, explorer, front
+from MyResnet import ResNet18
 
 ROW = dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None)
 
@@ -88,7 +93,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
     with page:
         drawn = wait_for(lambda: (now := panes(port, "mine")) and "Run" in now and now)
         assert points(drawn["Train Loss"]) == [(1, 2), (2, 1)]
-        assert points(drawn["Learning Rate"]) == [(1, 0.1), (2, 0.1)]
+        assert points(drawn["Learning Rate and Speed"]) == [(1, 0.1), (2, 0.1)]
         assert "&lt;b&gt;fast" in drawn["Run"]["content"] and "running" in drawn["Run"]["content"]
 
         add(history, 0.5, 0.3)  # evaluated now
@@ -104,11 +109,15 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         assert "2 of 2" in drawn["Run"]["content"] and "1 of 3" in drawn["Run"]["content"]  # epoch, step
         assert points(drawn["Validation Accuracy"]) == [(1, 25)]
         assert points(drawn["Validation Accuracy"], 1) == [(1, 50)]
-        assert points(drawn["Learning Rate"], 1) == [(1, 32), (2, 32), (3, 32), (4, 64)]  # px
-        assert [y for _, y in points(drawn["Speed"])] == pytest.approx([10 / 0.5] * 3)
+        assert points(drawn["Learning Rate and Speed"], 1) == [(1, 32), (2, 32), (3, 32), (4, 64)]  # px
+        speeds = [y for _, y in points(drawn["Learning Rate and Speed"], 2)]
+        assert speeds == pytest.approx([10 / 0.5] * 3)
         assert drawn["Confusion"]["content"]["data"][0]["z"] == [[1, 2], [1, 0]]
         mistakes = drawn["Mistakes"]["content"]
         assert mistakes.count("<img") == 3 and mistakes.index("cat 99%") < mistakes.index("dog 95%")
+        links = re.findall(r"<a href='/env/explore\?(.*?)'.*?image (\d):<br>(...)", mistakes)
+        assert [link[1:] for link in links] == [("3", "cat"), ("2", "dog"), ("1", "dog")]
+        assert all(link.endswith(f"image={number}") for link, number, _ in links)
 
         if sys.platform == "linux":  # it listens on 127.0.0.1 and nowhere else
             sockets = [line.split() for kind in ("tcp", "tcp6") for line in open(f"/proc/net/{kind}")]
@@ -404,7 +413,7 @@ print(json.dumps([dict(filename=f"{{i}}.tgz") for i in range(len(packages))]))
     assert assets.from_npm(files) == expected
 
 
-def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
+def test_training_draws_its_page(port, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = (
         "--dataset digits --recipe standard --limit 100 --epochs 1 --size 32 --device cpu --precision fp32"
@@ -418,6 +427,8 @@ def test_training_draws_its_page(port, tmp_path, monkeypatch, small_network):
     )
     assert raw["mode"] == mean["mode"] == "markers"  # a line of one point is not seen
     assert [trace["name"] for trace in accuracies] == ["validation", "training"]  # there is one size
+    assert "All 64" in saved["Filters"]["content"]
+    assert "weights=runs%2Fdigits%2Fweights.pt&dataset=digits&data=data" in saved["Mistakes"]["content"]
     assert "finished" in saved["Run"]["content"] and "recipe" in saved["Run"]["content"]
     told = re.search(r"batch_size</b>&emsp;</td><td>(\d+)<", saved["Run"]["content"])
     assert told[1] == "100"  # all there are, not 128
@@ -499,7 +510,7 @@ def test_images_to_explore_are_never_downloaded(tmp_path, monkeypatch):
 
     def chosen(*images):
         args = SimpleNamespace(image=images, dataset="cifar10", data="data")
-        return explorer.own_images(args, SimpleNamespace(classes=data.CIFAR10_CLASSES, crop=None))
+        return choices.own_images(args, SimpleNamespace(classes=data.CIFAR10_CLASSES, crop=None))
 
     found = chosen("b.png", "photos", "a.jpg")
     assert list(found) == ["b.png", "photos/b.png", "a.jpg"] and found["a.jpg"].shape == (3, 32, 32)
@@ -571,3 +582,152 @@ def test_short_run_waits_for_a_server_that_starts_slowly(port, tmp_path, monkeyp
         pass
     assert "waiting for the live page" in capsys.readouterr().out
     assert "Train Loss" in json.loads((tmp_path / "runs/visdom/mine.json").read_text())["jsons"]
+
+
+def test_page_shows_the_filters_and_how_many_maps_are_silent(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ResNet18(2).eval()
+    with torch.no_grad():
+        for channel in range(16):
+            model.conv1.bn.weight[channel], model.conv1.bn.bias[channel] = 0, -1
+        filters = model.conv1.conv.weight.clone()
+    page, history = make(port, mean=(0.5,) * 3, std=(0.5,) * 3, holdout=2)
+    with page:
+        assert "after the first epoch" in wait_for(lambda: panes(port, "mine")["Filters"]["content"])
+        history["epochs"].append(ROW)
+        images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+        page.evaluated(model, images, torch.tensor([0, 0, 1, 1]), 9 * torch.eye(2).repeat(2, 1), 32)
+        with torch.no_grad():
+            model.conv1.conv.weight.zero_()  # it goes on learning: what is drawn is of the evaluation
+        drawn = wait_for(lambda: (now := panes(port, "mine")) and "Mistakes" in now and now)
+    content = drawn["Filters"]["content"]
+    shares = re.findall(r"<b>(conv\w+)</b>.*?(\d+)%</td>", content)
+    assert [name for name, _ in shares] == inside.STAGES and shares[0] == ("conv1", "25")
+    png = base64.b64decode(re.search(r"base64,(.*?)'", content)[1])
+    shown = np.asarray(Image.open(io.BytesIO(png))).astype(float) / 127.5 - 1
+    for number in 0, 9, 63:
+        top, left = (8 * n + 1 for n in divmod(number, 8))
+        filter_ = (filters[number] / filters[number].abs().max()).permute(1, 2, 0).numpy()
+        assert np.abs(shown[top : top + 7, left : left + 7] - filter_).max() < 0.01
+    mistakes = drawn["Mistakes"]["content"]
+    assert "image 1:" in mistakes and "<a " not in mistakes  # held out: not of the test set
+
+
+def test_link_of_a_mistake_says_what_to_type_where_no_explorer_is_open(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    client.start_server(port)
+    wait_for(lambda: client.is_listening(port))
+
+    def answer(**flags):
+        return requests.get(f"{client.address(port)}/env/explore", flags, timeout=60)
+
+    text = answer(image=43, weights="runs/my <b>run/weights.pt", dataset="digits", data="data").text
+    expected = "--explore --weights 'runs/my <b>run/weights.pt' --dataset digits --image 43<"
+    assert expected in html.unescape(text) and "<b>" not in text
+    assert "--explore --weights w.pt --image 7<" in answer(image=7, weights="w.pt", dataset="cifar10").text
+    other = visdom.Visdom("http://127.0.0.1", port=port, env="mine")  # of another program, and it listens
+    wait_for(lambda: other.socket_alive)
+    other.text("mine")
+    assert "--explore --image 7<" in answer(image=7).text
+    assert answer(image="x").url.endswith("/env/main") and answer().url.endswith("/env/main")
+
+
+@pytest.fixture
+def explored(run):
+    """(an explorer whose page is a mock, the digits)."""
+    network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
+    digits = data.load("digits", "")
+    own = {"own.png": digits.test_images[3]}
+    return explorer.Explorer(network, own, mock.MagicMock(), run / "weights.pt"), digits
+
+
+def told(page, win):
+    """What the pane was told, in order."""
+    return [call.args[0] for call in page.text.call_args_list if call.kwargs.get("win") == win]
+
+
+def test_explorer_lists_mistakes_first_and_opens_the_one_that_is_linked(explored, run):
+    explored, digits = explored
+    network, page = explored.network, explored.page
+
+    def event(image, weights=run / "weights.pt"):
+        return dict(event_type="Open", image=str(image), weights=str(weights), command="<code>type</code>")
+
+    with torch.no_grad():
+        logits = network.model(network.preprocess(digits.test_images))
+    wrong = (logits.argmax(1) != digits.test_labels).nonzero().flatten()
+    worst = int(wrong[logits.softmax(1).amax(1)[wrong].argmax()])
+    explored.on_link(event(worst))  # before the test images are read
+    assert explored.image == "own.png"
+    explored.test_images, explored.test_labels = digits.test_images, digits.test_labels
+    for index in range(5):
+        explored._add_test_image(index)
+    explored._open_linked()
+    assert explored.image == f"test image {worst}: {digits.test_labels[worst]}"
+    explored.found = responses.strongest(network, digits.test_images)
+    explored._list_mistakes()
+    fields = page.properties.call_args.args[0]
+    names = fields[1]["values"]
+    taken_for = int(logits[worst].argmax())
+    assert names[:2] == ["own.png", f"{explored.image}, taken for {taken_for}"]
+    count = min(len(wrong), explorer.LISTED)
+    assert all(", taken for " in name for name in names[1 : 1 + count]) and fields[1]["value"] == 1
+    assert not any(", taken for " in name for name in names[1 + count :])
+    explored.on_property(dict(event_type="PropertyUpdate", propertyId=1, value="0"))
+    assert explored.image == "own.png"
+    explored.on_property(dict(event_type="PropertyUpdate", propertyId=1, value="1"))
+    assert explored.image.startswith(f"test image {worst}:")
+
+    explored.on_link(event(2, "other/weights.pt"))
+    assert explored.image.startswith(f"test image {worst}:")
+    assert "of another network" in told(page, "Image")[-1] and "<code>type" in told(page, "Image")[-1]
+    explored.on_link(event(10**6))  # there is none
+    assert explored.image.startswith(f"test image {worst}:")
+
+
+@pytest.mark.parametrize("image", ["own.png", "test image 7: 1"])
+def test_explorer_gives_the_exact_account_of_a_decision(explored, image):
+    explored, digits = explored
+    explored.images[image] = digits.test_images[7]
+    explored.image = image
+    explored.refresh()
+    network, page = explored.network, explored.page
+    logits = network.model(explored.x)[0].detach()
+    first, second = logits.argsort(descending=True).tolist()[:2]
+    other = 1 if image != "own.png" and first != 1 else second  # what it is, or the next best
+    chart = page._send.call_args.args[0]
+    assert chart["win"] == "Mean activations"
+    assert chart["opts"]["title"] == (
+        f"Why {first} and not {other}: what each map adds to their logits' difference"
+        f", {logits[first]:.2f} − {logits[other]:.2f}"
+    )
+    values, bias = torch.tensor(chart["data"][0]["y"]), network.model.fc.bias.detach()
+    assert values.sum() + bias[first] - bias[other] == pytest.approx(logits[first] - logits[other], abs=1e-4)
+    named = [mark["text"] for mark in chart["layout"]["annotations"]]
+    order = values.argsort(descending=True).tolist()
+    assert named == [f"map {n}" for n in (*order[:3], order[-1])] and explored.channel == order[0]
+
+    explored.layer = "conv3_x"
+    explored.refresh()
+    chart = page._send.call_args.args[0]
+    assert chart["win"] == chart["opts"]["title"] == "Mean activations"
+
+
+@pytest.mark.parametrize("method", inside.RELU_BACKWARD)
+def test_every_pattern_in_the_explorer_is_followed_by_its_control(explored, method):
+    explored, page = explored[0], explored[0].page
+    explored.method, explored.layer = method, "conv4_x"
+    explored.refresh()
+    page.text.reset_mock()
+    explored.on_click(dict(event_type="Click", image_coord=dict(x=40, y=explored.above + 60)))
+    pattern, controlled = told(page, "Map and pattern")  # the pattern at once, the control after all else
+    assert page.text.call_args.kwargs["win"] == "Map and pattern" and "is being made" in pattern
+    arguments = explored.layer, explored.channel, method
+    expected = inside.reconstruct(explored.network.model, explored.x, *arguments)
+    control, correlation = inside.control(explored.network.model, explored.x, expected, *arguments)
+    assert inside.describe_control("conv4_x", correlation) in controlled
+    pngs = [base64.b64decode(found) for found in re.findall("base64,(.*?)'", controlled)]
+    for png, wanted in ((pngs[0], expected), (pngs[2], control)):
+        shown = torch.from_numpy(np.asarray(Image.open(io.BytesIO(png))).copy()).permute(2, 0, 1)
+        assert (shown - (127.5 + 127.5 * wanted / wanted.abs().max())).abs().max() <= 1.5
+        assert f"; full contrast ±{wanted.abs().max():.2g}<" in controlled

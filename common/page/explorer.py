@@ -130,7 +130,8 @@ class Explorer:
         if len(labels) < 2:
             return None
         (a, b), (x, y) = labels, logits[labels].tolist()
-        title = f"Why {classes[a]} and not {classes[b]}: logits {x:.2f} and {y:.2f}"
+        title = f"Why {classes[a]} and not {classes[b]}: what each map adds to their logits' difference"
+        title += f", {x:.2f} − {y:.2f}"
         return title, (parts[a] - parts[b]).cpu()
 
     def _draw_channel(self, pattern=True):
@@ -171,21 +172,17 @@ class Explorer:
     def _draw_pattern(self, control=None, verdict="Its control is being made …"):
         """The pattern that the map responded to and the map; where it is given, the control and what it says
         of the pattern."""
-        layer, channel = self.layer, self.channel
+        layer, channel, row = self.layer, self.channel, self.maps[0, self.channel]
         if control is None:
             self.pattern = inside.reconstruct(self.network.model, self.x, layer, channel, self.method)
         caption = f"what map {channel} of {layer} responded to, by {inside.METHOD_NAMES[self.method]}"
-        large, small = (
-            client.tile((255 * figures.pattern_image(pattern)).to(torch.uint8), text, side, 11)
-            for pattern, text, side in (
-                (self.pattern, f"{caption}; {figures.largest(self.pattern)}", 250),
-                (torch.zeros(3, 1, 1) if control is None else control, "control", 110),
-            )
-        )
-        described = inside.describe_map(self.maps, layer, channel)
-        column = client.tile(heat_map(self.maps[0, channel]), described, 110, 11) + "<br>" + small
-        content = f"{large}<div style='display:inline-block;width:150px'>{column}</div>"
-        content += f"<div style='font-size:11px;line-height:1.1;margin:2px'>{verdict}</div>"
+        large = pattern_tile(self.pattern, caption, 265)
+        described = f"{inside.describe_map(self.maps, layer, channel)}, brightest at {row.max():.2f}"
+        small = client.tile(heat_map(row), described, 118, 11)
+        if control is not None:
+            small += "<br>" + pattern_tile(control, "control", 118)
+        content = f"{large}<div style='display:inline-block;vertical-align:top;width:140px'>{small}</div>"
+        content += f"<div style='font-size:11px;line-height:1.1;margin:0 2px'>{verdict}</div>"
         opts = dict(title="Map and pattern", width=RIGHT, height=335)
         self.page.text(content, win="Map and pattern", opts=opts)
 
@@ -291,6 +288,12 @@ class Explorer:
                 told = time.monotonic()
                 self.say(f"Looking at every test image, once: {i / len(parts):.0%} …")
             yield part
+
+
+def pattern_tile(pattern, caption, side):
+    """A pattern [3, H, W] as a tile, whose caption ends with its scale."""
+    image = (255 * figures.pattern_image(pattern)).to(torch.uint8)
+    return client.tile(image, f"{caption}; {figures.largest(pattern)}", side, 11)
 
 
 def heat_map(values):
