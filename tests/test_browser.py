@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_visdom import make
+from test_visdom import make, wait_for
 
 import test_activations
 from common import data, inside, responses
 from common.cli import UserError
 from common.network import load_network
-from common.page import assets
+from common.page import assets, client
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -53,6 +53,7 @@ def browser():
 def page(browser):
     """A window of 1280×800 in which no error may happen."""
     page, errors = browser.new_page(viewport=dict(width=1280, height=800)), []
+    page.set_default_timeout(600_000)  # ms: no wait is a guess, each ends when what it waits for is there
     page.on("pageerror", lambda error: errors.append(str(error)))
 
     def note(message):
@@ -78,6 +79,7 @@ def start(tmp_path, free_port):
         processes.append(process)
         for line in process.stdout:
             if "http://127.0.0.1" in line:
+                wait_for(lambda: client.is_listening(free_port))
                 return next(word for word in line.split() if word.startswith("http"))
         pytest.fail("no address was printed")
 
@@ -85,7 +87,8 @@ def start(tmp_path, free_port):
     yield run
     for process in processes:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        process.wait(timeout=600)
+        process.stdout.close()
 
 
 def screenshot(page, name):
@@ -95,18 +98,18 @@ def screenshot(page, name):
 
 
 def test_training_page_has_every_pane_and_grows(page, start):
-    flags = "--dataset digits --limit 512 --batch-size 32 --size 32 --epochs 40 --device cpu --precision fp32"
+    flags = (
+        "--dataset digits --limit 512 --batch-size 32 --size 32 --epochs 400 --device cpu --precision fp32"
+    )
     page.goto(start(ROOT / "train.py", *flags.split()))
     curves = {"Train Loss", "Validation Accuracy", "Learning Rate and Speed"}
     wanted = curves | {"Run", "Filters of conv", "Confusion", "Most confident mistakes click one to see why"}
-    page.wait_for_function(
-        f"() => document.querySelectorAll('.window').length >= {len(wanted)}", timeout=60_000
-    )
+    page.wait_for_function(f"() => document.querySelectorAll('.window').length >= {len(wanted)}")
     first = page.evaluate(PANES)
     assert wanted == first.keys()
     assert all(count > 0 for title in curves for count in first[title] if title != "Validation Accuracy")
     growing = "Train Loss", "Validation Accuracy"
-    for _ in range(60):  # it grows while it is watched, as fast as the machine allows
+    for _ in range(600):  # it grows while it is watched, as fast as the machine allows
         page.wait_for_timeout(1_000)
         later = page.evaluate(PANES)
         if all(later[curve][0] > first[curve][0] for curve in growing):
@@ -124,7 +127,7 @@ def test_training_page_has_every_pane_and_grows(page, start):
 def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     weights = run / "weights.pt"
     page.goto(start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights))
-    page.wait_for_function("() => document.querySelectorAll('.window').length >= 5", timeout=60_000)
+    page.wait_for_function("() => document.querySelectorAll('.window').length >= 5")
     image = page.locator(".window", has=page.get_by_text("double-click one")).locator("img").first
     network = load_network(weights, "digits", torch.device("cpu"))
     test_images = data.load("digits", "").test_images
@@ -133,9 +136,9 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     number = inside.choose_maps(maps, "strongest:2")[1]
     row, column = divmod(number, 23)  # 23 columns of 23 px
     image.dblclick(position=dict(x=23 * column + 10, y=23 * row + 10))
-    page.get_by_text(f"what map {number} of conv5_x responded to").wait_for(timeout=10_000)
+    page.get_by_text(f"what map {number} of conv5_x responded to").wait_for()
     by_class = page.locator(".window", has=page.get_by_text("By class", exact=True))
-    by_class.wait_for(timeout=60_000)  # in the background, from all 360 test images
+    by_class.wait_for()  # in the background, from all 360 test images
     nine = page.locator(".window", has=page.get_by_text(f"What map {number} responds to most"))
     found = responses.strongest(network, test_images)["conv5_x"]
     labels = data.load("digits", "").test_labels
@@ -158,23 +161,23 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
 
     layer, test_image, method = page.locator(".window select").all()
     layer.select_option("conv3_x")
-    page.get_by_text("The 128 maps of conv3_x").wait_for(timeout=10_000)
+    page.get_by_text("The 128 maps of conv3_x").wait_for()
     method.select_option("gradient")
-    page.get_by_text("conv3_x responded to, by the gradient").wait_for(timeout=10_000)
+    page.get_by_text("conv3_x responded to, by the gradient").wait_for()
     test_image.select_option(index=7)
-    page.locator(CAPTION, has_text="test image 7:").wait_for(timeout=10_000)
+    page.locator(CAPTION, has_text="test image 7:").wait_for()
     for number, x, y in ((11, 11.9, 0.1), (12, 0.1, 1.1), (127, 7.5, 10.5)):  # 12 columns of 44 px
         image.dblclick(position=dict(x=44 * x, y=44 * y))
-        page.get_by_text(f"what map {number} of conv3_x responded to").wait_for(timeout=10_000)
+        page.get_by_text(f"what map {number} of conv3_x responded to").wait_for()
         (maps,) = inside.feature_maps(network.model, network.preprocess(test_images[7]), "conv3_x")
-        page.get_by_text(f"mean activation {maps[0, number].mean():.3f}").wait_for(timeout=10_000)
+        page.get_by_text(f"mean activation {maps[0, number].mean():.3f}").wait_for()
         page.wait_for_function(
             """number => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
                 plot.data[0].type == 'bar' && plot.data[0].marker.color.indexOf('#e4572e') == number)""",
             arg=number,
         )
     page.get_by_text("at random").click()
-    page.locator(CAPTION, has_text="test image 7:").wait_for(state="hidden", timeout=10_000)
+    page.locator(CAPTION, has_text="test image 7:").wait_for(state="hidden")
 
 
 def test_front_page_is_there_at_any_address_and_after_a_kill(page, start, free_port, tmp_path, monkeypatch):
@@ -183,12 +186,12 @@ def test_front_page_is_there_at_any_address_and_after_a_kill(page, start, free_p
     assert start(ROOT / "Myvisdom.py") == bare
     for address in bare, f"{bare}/env/none":
         page.goto(address)
-        page.get_by_text("No run yet").wait_for(timeout=30_000)
-        page.get_by_text("python test_recon_conv5.py").wait_for(timeout=10_000)
+        page.get_by_text("No run yet").wait_for()
+        page.get_by_text("python test_recon_conv5.py").wait_for()
     run, _ = make(free_port, "digits_2026-11-26_09-30-00", dataset="digits")
     with run:
-        page.get_by_text("digits_2026-11-26_09-30-00").click(timeout=30_000)  # without a reload
-        page.get_by_text("Train Loss").wait_for(timeout=30_000)
+        page.get_by_text("digits_2026-11-26_09-30-00").click()  # without a reload
+        page.get_by_text("Train Loss").wait_for()
         start.processes[-1].kill()
         start.processes[-1].wait()
     for file in (tmp_path / "runs/visdom").glob("*.json"):
@@ -196,10 +199,10 @@ def test_front_page_is_there_at_any_address_and_after_a_kill(page, start, free_p
     assert start(ROOT / "Myvisdom.py") == bare
     newest = next(line for line in start.processes[-1].stdout if "newest" in line).split()[-1]
     page.goto(newest)
-    page.get_by_text("Train Loss").wait_for(timeout=30_000)
+    page.get_by_text("Train Loss").wait_for()
     page.evaluate("localStorage.setItem('envID', 'gone'); localStorage.setItem('envIDs', '[\"gone\"]')")
     page.goto(bare)
-    page.get_by_text("digits_2026-11-26_09-30-00").wait_for(timeout=30_000)
+    page.get_by_text("digits_2026-11-26_09-30-00").wait_for()
     screenshot(page, "front")
 
 
@@ -210,39 +213,39 @@ def test_explorer_opens_at_once_without_data(page, start, free_port, tmp_path):
     (tmp_path / "folder" / "broken.png").write_text("no image")
     explore = start(ROOT / "Myvisdom.py", "--explore", "--image", "own.png", "--image", "folder")
     page.goto(explore)
-    page.get_by_text("Where CIFAR-10 is, this shows test images").wait_for(timeout=60_000)
-    page.locator(CAPTION, has_text="own.png").wait_for(timeout=10_000)
+    page.get_by_text("Where CIFAR-10 is, this shows test images").wait_for()
+    page.locator(CAPTION, has_text="own.png").wait_for()
     image = page.locator(".window select").nth(1)
     names = ["own.png", "blue.png", "broken.png", "a cat", "a horse", "a rocket"]
     assert image.locator("option").all_inner_texts() == names
     image.select_option("a cat")
-    page.get_by_text("the network says cat").wait_for(timeout=10_000)
+    page.get_by_text("the network says cat").wait_for()
     image.select_option("broken.png")
-    page.get_by_text("broken.png cannot be read as an image").wait_for(timeout=10_000)
+    page.get_by_text("broken.png cannot be read as an image").wait_for()
     image.select_option("blue.png")
-    page.locator(CAPTION, has_text="blue.png").wait_for(timeout=10_000)
+    page.locator(CAPTION, has_text="blue.png").wait_for()
     page.goto(explore.rpartition("/env/")[0])
-    page.get_by_role("link", name="explore").click(timeout=30_000)
-    page.locator(CAPTION, has_text="blue.png").wait_for(timeout=30_000)
+    page.get_by_role("link", name="explore").click()
+    page.locator(CAPTION, has_text="blue.png").wait_for()
     assert not (tmp_path / "data").exists()
     start.processes[-1].send_signal(signal.SIGINT)
-    start.processes[-1].wait(timeout=60)
+    start.processes[-1].wait(timeout=600)
     start(ROOT / "Myvisdom.py")
     page.goto(explore)
-    page.get_by_text("opens it again").wait_for(timeout=30_000)
+    page.get_by_text("opens it again").wait_for()
 
 
 def test_names_of_files_and_runs_are_only_text(page, start, run, tmp_path, free_port):
     name = "<img src=x onerror='window.hacked=1'>&$x_{.png"
     Image.new("RGB", (32, 32), "red").save(tmp_path / name)
-    flags = "--dataset digits --limit 512 --size 32 --epochs 40 --device cpu --out".split()
+    flags = "--dataset digits --limit 512 --size 32 --epochs 400 --device cpu --out".split()
     address = start(ROOT / "train.py", *flags, tmp_path / "<b>a&b #1")
     flags = ["--weights", str(run / "weights.pt"), "--image", str(tmp_path / name), "--port", str(free_port)]
     test_activations.main([*flags, "--out", str(tmp_path)])
     page.goto(address)
-    page.get_by_text("learning rate").first.wait_for(timeout=60_000)
+    page.get_by_text("learning rate").first.wait_for()
     page.goto(f"{address.rpartition('/')[0]}/figures")
-    page.get_by_text("How strongly each of the 64 maps").first.wait_for(timeout=30_000)
+    page.get_by_text("How strongly each of the 64 maps").first.wait_for()
     page.wait_for_timeout(1000)
     assert page.evaluate("window.hacked") is None
 
@@ -259,28 +262,25 @@ def test_click_on_a_mistake_leads_to_its_reason(page, start, run, free_port, tmp
     training.classes, training.evaluation = digits.classes, (digits.test_images, digits.test_labels, logits)
     with training:
         page.goto(f"{bare}/env/mine")
-        page.get_by_text("click one to see why").wait_for(timeout=60_000)
+        page.get_by_text("click one to see why").wait_for()
     number, truth, said, _ = inside.mistakes(digits.test_labels, logits, digits.classes)[2]
     mistake = page.locator("a", has_text=f"image {number}:")
     with page.expect_popup() as popup:
         mistake.click()
     reason = popup.value
     command = f"python Myvisdom.py --explore --weights {weights} --dataset digits --image {number}"
-    reason.get_by_text(command).wait_for(timeout=30_000)
+    reason.get_by_text(command).wait_for()
 
     start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights)
     mistake.click()  # the same window shows it
-    reason.locator(CAPTION, has_text=f"test image {number}: {truth};").wait_for(timeout=60_000)
-    reason.get_by_text(f"Why {said} and not {truth}: what each map adds").wait_for(timeout=30_000)
-    reason.get_by_text("Control, by random weights in conv4_x and conv5_x: rank corr").wait_for(
-        timeout=30_000
-    )
+    reason.locator(CAPTION, has_text=f"test image {number}: {truth};").wait_for()
+    reason.get_by_text(f"Why {said} and not {truth}: what each map adds").wait_for()
+    reason.get_by_text("Control, by random weights in conv4_x and conv5_x: rank corr").wait_for()
     options = reason.locator(".window select").nth(1).locator("option")
     wanted = f"test image {number}: {truth}, taken for {said}"
     reason.wait_for_function(
         """wanted => [...document.querySelectorAll('option')].some(option => option.innerText == wanted)""",
         arg=wanted,
-        timeout=60_000,
     )
     assert options.all_inner_texts().index(wanted) < 6  # the third of them, after a test image of the start
     screenshot(reason, "mistake")

@@ -427,7 +427,7 @@ def server(monkeypatch, tmp_path):
                 self.end_headers()
                 self.wfile.write(body if answer in ("whole", "login") else body[: len(body) // 2])
             if answer in ("silent", "silent half-way"):
-                over.wait(60)
+                over.wait(600)
             self.close_connection = True
 
         def log_message(self, *args):
@@ -437,7 +437,6 @@ def server(monkeypatch, tmp_path):
         server.daemon_threads = True
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{PACKED}")
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.setattr(archive, "TIMEOUT", 1)
         server.content = content
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -455,12 +454,14 @@ def server(monkeypatch, tmp_path):
         "error": "HTTP Error 500",
     }.items(),
 )
-def test_download_that_is_cut_off_is_begun_anew(answer, reason, server, tmp_path, capsys):
+def test_download_that_is_cut_off_is_begun_anew(answer, reason, server, tmp_path, monkeypatch, capsys):
     root = tmp_path / "data"
     root.mkdir()
     server.answers = [answer, "whole"]
-    with pytest.raises(UserError, match=f"no CIFAR-10 in {root}, and its download failed .*{reason}"):
-        data.load("cifar10", root)
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "TIMEOUT", 1 if "silent" in answer else 600)
+        with pytest.raises(UserError, match=f"no CIFAR-10 in {root}, and its download failed .*{reason}"):
+            data.load("cifar10", root)
     assert not list(root.iterdir())
     assert f"downloading its python archive, 170 MB, to {root}" in capsys.readouterr().out
     (root / f"{PACKED}.123.tmp").write_bytes(b"a part that a start left when it was killed")

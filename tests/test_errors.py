@@ -20,6 +20,7 @@ import test_recon_conv1
 import test_recon_conv5
 import train
 from common.data import CIFAR10_CLASSES
+from common.page import client
 from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
 from MyResnet import ResNet18
 
@@ -230,7 +231,8 @@ def test_memory_refused_to_a_figure_is_one_line(place, monkeypatch, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: not enough memory for this")
 
 
-def test_busy_port_is_said_before_training(place, capsys):
+def test_busy_port_is_said_before_training(place, monkeypatch, capsys):
+    monkeypatch.setattr(client, "TIMEOUT", 1)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
