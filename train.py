@@ -1,10 +1,10 @@
 """Train ResNet-18 on CIFAR-10 at 224×224, with live curves on a visdom page.
 
 python train.py                        the default recipe, to runs/cifar10
-python train.py --resume               go on with it where it stopped
+python train.py --resume               continue it where it stopped
 python train.py --recipe quick         a shorter one, which begins with images of 128×128
 python train.py --recipe assignment    the report's own recipe
-python train.py --init imagenet        from ImageNet's weights, or from any other ResNet-18's
+python train.py --init imagenet        start from ImageNet's weights, or from any other ResNet-18's
 python train.py --dataset digits       try it all in two minutes, with no download
 torchrun --nproc-per-node=4 train.py   with four processes, with one GPU each if there are GPUs"""
 
@@ -78,21 +78,21 @@ def parse(argv):
         metavar="N",
         help="passes over the data (default: the recipe's)",
     )
-    add("--batch-size", type=cli.number(int, 2), metavar="N", help="images a step (default: 128)")
-    add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="one size for all epochs")
+    add("--batch-size", type=cli.number(int, 2), metavar="N", help="images in a step (default: the recipe's)")
+    add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="image size in all epochs")
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
-    add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="of all that is random (default: 0)")
+    add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="seed of everything random (default: 0)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="number format (default: auto)")
     add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N images only")
     add("--holdout", type=whole, metavar="N", help="evaluate on the last N training images, held out")
     add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
         "--evaluate, the confusion matrix (default: figures)")  # fmt: skip
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out")
     add("--init", metavar="FILE", help="start from these weights instead of random ones: as --weights of the "
         "other scripts, imagenet too")  # fmt: skip
-    add("--save-every", type=real, default=5, metavar="MINUTES", help="also within an epoch (default: 5)")
-    add("--evaluate", action="store_true", help="only evaluate --weights")
-    add("--accumulate", type=whole, default=1, metavar="K", help="take a batch in K parts, to save memory")
+    add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
+    add("--evaluate", action="store_true", help="evaluate --weights and train nothing")
+    add("--accumulate", type=whole, default=1, metavar="K", help="take each batch in K parts, to save memory")
     add("--sync-bn", action="store_true", help="with torchrun on CUDA: batch norms see the whole batch")
     add("--no-visdom", action="store_true", help="no live page")
     args = parser.parse_args(argv)

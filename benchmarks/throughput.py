@@ -134,11 +134,11 @@ def main(argv=None):
     parser = cli.parser(__doc__, "device")
     add, sizes = parser.add_argument, sorted(train.RECIPES["standard"]["sizes"], reverse=True)
     add("--sizes", type=cli.number(int, 32, 1024), nargs="+", default=sizes, metavar="PX")
-    add("--steps", type=cli.number(int, 6), default=10, metavar="N", help="of 128 images (default: 10)")
-    add("--rounds", type=cli.number(int, 1), default=3, metavar="N", help="of each measurement (default: 3)")
+    add("--steps", type=cli.number(int, 6), default=10, metavar="N", help="steps of 128 images (default: 10)")
+    add("--rounds", type=cli.number(int, 1), default=3, metavar="N", help="how often (default: 3)")
     add("--workers", type=cli.number(int, 0), nargs="+", default=[0, 1, 2], metavar="N",
-        help="of the baselines' DataLoader; the best is taken (default: 0 1 2)")  # fmt: skip
-    add("--child", help="what the script starts itself with")
+        help="workers of the baselines' DataLoader; the best number is taken (default: 0 1 2)")  # fmt: skip
+    add("--child", help="used by the script itself")
     args = parser.parse_args(argv)
     if args.child:
         name, options = json.loads(args.child)

@@ -184,14 +184,15 @@ FLAGS = {
         "train/<class>/* and test/<class>/* (default: data, downloaded when missing)"),
     "dataset": dict(default="cifar10", choices=["cifar10", "digits"], help="digits: the 1,797 handwritten "
         "digits of scikit-learn, to try everything with no download (default: cifar10)"),
-    "weights": dict(metavar="FILE", help="the trained network: of train.py, any ResNet-18 of torchvision's, "
-        "or imagenet (default: runs/<dataset>/weights.pt, or for cifar10 without a run the reference network "
-        "in weights/)"),
-    "mean": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="that images are normalised by, for "
-        "values from 0 to 1 (default: what --weights says, or ImageNet's)"),
-    "std": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="likewise"),
-    "size": dict(type=number(int, 32, 1024), metavar="PX", help="of the images that the network sees "
-        "(default: what --weights says, or 224)"),
+    "weights": dict(metavar="FILE", help="the trained network: what train.py wrote, any ResNet-18 of "
+        "torchvision's, or imagenet (default: runs/<dataset>/weights.pt, or for cifar10 without a run the "
+        "network in weights/)"),
+    "mean": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="the mean of each colour by which "
+        "images are normalised, from 0 to 1 (default: what --weights says, or ImageNet's)"),
+    "std": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="the standard deviation of "
+        "each colour, likewise"),
+    "size": dict(type=number(int, 32, 1024), metavar="PX", help="the side of the images that the "
+        "network sees (default: what --weights says, or 224)"),
     "classes": dict(metavar="FILE", help="the names of the classes, one a line (default: what --weights "
         "says, or ImageNet's for 1,000)"),
     "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "

@@ -79,7 +79,9 @@ def draw(curves):
 def main(argv=None):
     parser = cli.parser(__doc__, "network", "dataset", "data", "out", "device", "port")
     whole = cli.number(int, 1)
-    parser.add_argument("--count", type=whole, default=100, metavar="N", help="test images (default: 100)")
+    parser.add_argument(
+        "--count", type=whole, default=100, metavar="N", help="how many images (default: 100)"
+    )
     args = parser.parse_args(argv)
     network = network_from_flags(args)
     images = data.load(args.dataset, args.data, network.classes, ["test"]).test_images[: args.count]

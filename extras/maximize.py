@@ -76,8 +76,9 @@ def main(argv=None):
     parser = cli.parser(__doc__, "network", "dataset", "data", "map", "out", "device", "port", map="0")
     add = parser.add_argument
     add("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
-    add("--seed", type=cli.number(int, 0, 2**31), default=0, metavar="N", help="of the noise (default: 0)")
-    add("--steps", type=cli.number(int, 1), default=200, metavar="N", help="of ascent (default: 200)")
+    whole = cli.number(int, 0, 2**31)
+    add("--seed", type=whole, default=0, metavar="N", help="seed of the noise (default: 0)")
+    add("--steps", type=cli.number(int, 1), default=200, metavar="N", help="steps of ascent (default: 200)")
     args = parser.parse_args(argv)
     device = select_device(args.device)
     if device.type == "mps":  # https://github.com/pytorch/pytorch/pull/169143: no gradient of grid_sample

@@ -71,9 +71,9 @@ def end_of(out):
 def main(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--kills", type=cli.number(int, 1), default=30, metavar="N", help="default: 30")
-    add("--epochs", type=cli.number(int, 1), default=40, metavar="N", help="of 4 steps (default: 40)")
-    add("--seed", type=cli.number(int, 0), default=0, metavar="N", help="of the moments (default: 0)")
+    add("--kills", type=cli.number(int, 1), default=30, metavar="N", help="number of kills (default: 30)")
+    add("--epochs", type=cli.number(int, 1), default=40, metavar="N", help="epochs of 4 steps (default: 40)")
+    add("--seed", type=cli.number(int, 0), default=0, metavar="N", help="seed of the moments (default: 0)")
     args = parser.parse_args(argv)
     moments, began = random.Random(args.seed), time.time()
     with tempfile.TemporaryDirectory() as folder:
