@@ -102,7 +102,7 @@ def _entries(folder):
         return [folder / name for name in names if name not in ("decoded.pt", "__MACOSX")]
     except OSError as error:
         reason = "it is a link to nothing" if isinstance(error, FileNotFoundError) else error.strerror
-        raise UserError(f"the folder {folder} cannot be read ({reason}): mend it, or --data names another")
+        raise UserError(f"the folder {folder} cannot be read ({reason}): fix it, or name another with --data")
 
 
 def _named(folder, names):
