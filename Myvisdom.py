@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import cli, data, figures, inside
-from common.page import assets, client, front, server
+from common.page import assets, client, front, server, tiles
 
 PATIENCE = 60  # seconds: the longest that the end of a run waits for its page
 LOOKED_AT = 50  # test images by which a map is called silent
@@ -200,7 +200,7 @@ class Page:
         scaled = 127.5 + 127.5 * filters / filters.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
         cells = F.pad(scaled, (1, 0, 1, 0), value=255).to(torch.uint8)
         sheet = torch.cat([torch.cat(list(row), 2) for row in cells.split(8)], 1)
-        tile = client.tile(sheet, f"All {len(filters)}, each at full contrast.", 190, 11)
+        tile = tiles.tile(sheet, f"All {len(filters)}, each at full contrast.", 190, 11)
         bar = "<div style='display:inline-block;background:#4c78a8;height:8px;width:{:.0f}px'></div> {:.0%}"
         table = _table({stage: bar.format(80 * share, share) for stage, share in silent.items()}, str)
         note = f"Maps that respond to none of {count} images:"

@@ -1,9 +1,7 @@
 """Talking to the visdom server. visdom is imported where needed: it takes a second, and may be missing."""
 
-import base64
 import contextlib
 import http.client
-import io
 import json
 import logging
 import os
@@ -20,6 +18,7 @@ from common import figures
 from common.checkpoint import atomic_write
 from common.cli import UserError, make_folder, print_last
 from common.page import front
+from common.page.tiles import tile
 
 # A proxy is for the web, not for this machine.
 for variable in ("NO_PROXY", "no_proxy"):
@@ -102,16 +101,6 @@ def draw_bars(client, title, values, label, marked, size, **layout):
     hover = "map %{x}: %{y:.4f}<extra></extra>"
     trace = dict(type="bar", y=values.tolist(), hovertemplate=hover, marker=dict(color=colors))
     draw(client, title, [trace], "feature map", label, size, **layout)
-
-
-def tile(image, caption, side, font):
-    """An image, uint8 [3, H, W], `side` px wide over its caption, in a font of `font` px, as HTML."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
-    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    tag = f"<img src='{source}' style='width:100%;image-rendering:pixelated'>"
-    style = f"display:inline-block;vertical-align:top;width:{side}px;margin:2px"
-    return f"<div style='{style};font-size:{font}px;line-height:1.1'>{tag}<br>{caption}</div>"
 
 
 def draw_images(client, win, images, captions, side, font, links=None, **opts):

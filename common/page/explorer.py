@@ -8,16 +8,16 @@ import threading
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
 
-from common import cli, data, figures, inside, responses
+from common import cli, data, inside, responses
 from common.images import read_image
 from common.network import network_from_flags, weights_path
 from common.page import assets, client, front
 from common.page.choices import own_images, photographs
+from common.page.tiles import heat_map, pattern_tile, tile, to_square
 
 # Pixels. Three columns of panes fill a window of 1280×800. A pane's height is a multiple of 15, less 10; what
 # visdom is given for it is 15 less than that.
@@ -53,12 +53,10 @@ class Explorer:
             if event["propertyId"] < len(self.choices):
                 attribute, values = list(self.choices.items())[event["propertyId"]]
                 setattr(self, attribute, values[int(event["value"])])
-            else:  # the button
-                count = len(self.images if self.test_images is None else self.test_images)
-                index = random.randrange(count)
-                self.image = (
-                    list(self.images)[index] if self.test_images is None else self._add_test_image(index)
-                )
+            elif self.test_images is None:  # the button
+                self.image = random.choice(list(self.images))
+            else:
+                self.image = self._add_test_image(random.randrange(len(self.test_images)))
             try:
                 self.refresh()
             except cli.UserError as error:  # no image, though it is called one
@@ -71,20 +69,19 @@ class Explorer:
         if event["event_type"] != "Open":
             return
         with self.lock:
-            if Path(event["weights"]).resolve() != self.weights:
-                text = (
-                    f"That is a mistake of another network than this one, {html.escape(str(self.weights))}."
-                )
-                text += f" To look at it, end this explorer and type<br>{event['command']}"
+            if event["weights"] and Path(event["weights"]).resolve() != self.weights:
+                text = f"That is a mistake of another network than {html.escape(str(self.weights))}. "
+                text += f"To look at it, end this explorer and type<br>{event['command']}"
                 return self.page.text(text, win="Image", opts=dict(title="Image"))
             self.linked = int(event["image"])
             self._open_linked()
 
     def _open_linked(self):
         """Opens the test image that a link has named, if the test images are there by now."""
-        if None not in (self.linked, self.test_images) and self.linked < len(self.test_images):
-            self.image, self.linked, self.layer = self._add_test_image(self.linked), None, "conv5_x"
-            self.refresh()
+        if self.linked is None or self.test_images is None or self.linked >= len(self.test_images):
+            return
+        self.image, self.linked, self.layer = self._add_test_image(self.linked), None, "conv5_x"
+        self.refresh()
 
     def on_click(self, event):
         """The grid of maps was double-clicked."""
@@ -96,7 +93,8 @@ class Explorer:
             channel = row * self.columns + column
             if column < self.columns and 0 <= channel < self.maps.shape[1] and channel != self.channel:
                 self.channel = channel
-                self._draw_channel()
+                self._draw_pattern()
+                self._draw_about_map()
 
     def refresh(self):
         """Draws everything, for the image and the layer that are chosen, and the strongest map there: in
@@ -116,7 +114,7 @@ class Explorer:
             self.channel = int(self.decision[1].argmax())
         self._draw_pattern()
         client.draw_images(self.page, "Image", [image], [caption], 190, 11, width=LEFT, height=230)
-        self._draw_channel(pattern=False)
+        self._draw_about_map()
 
     def _decide(self):
         """(the class that the network says against another, in words; what each map of conv5_x adds to the
@@ -134,10 +132,8 @@ class Explorer:
         title += f", {x:.2f} − {y:.2f}"
         return title, (parts[a] - parts[b]).cpu()
 
-    def _draw_channel(self, pattern=True):
-        """Draws what is chosen with a map; the control last, since it takes the longest."""
-        if pattern:
-            self._draw_pattern()
+    def _draw_about_map(self):
+        """Draws what else tells of the chosen map; the control last, since it takes the longest."""
         self._draw_activations()
         self._draw_responses()
         arguments = self.layer, self.channel, self.method
@@ -178,7 +174,7 @@ class Explorer:
         caption = f"what map {channel} of {layer} responded to, by {inside.METHOD_NAMES[self.method]}"
         large = pattern_tile(self.pattern, caption, 265)
         described = f"{inside.describe_map(self.maps, layer, channel)}, brightest at {row.max():.2f}"
-        small = client.tile(heat_map(row), described, 118, 11)
+        small = tile(heat_map(row), described, 118, 11)
         if control is not None:
             small += "<br>" + pattern_tile(control, "control", 118)
         content = f"{large}<div style='display:inline-block;vertical-align:top;width:140px'>{small}</div>"
@@ -288,25 +284,6 @@ class Explorer:
                 told = time.monotonic()
                 self.say(f"Looking at every test image, once: {i / len(parts):.0%} …")
             yield part
-
-
-def pattern_tile(pattern, caption, side):
-    """A pattern [3, H, W] as a tile, whose caption ends with its scale."""
-    image = (255 * figures.pattern_image(pattern)).to(torch.uint8)
-    return client.tile(image, f"{caption}; {figures.largest(pattern)}", side, 11)
-
-
-def heat_map(values):
-    """[h, w] from 0 to the largest value as an image, uint8 [3, h, w] on the CPU; NaN is white."""
-    values = values / values.nan_to_num().max().clamp(min=1e-12)
-    colors = matplotlib.colormaps["inferno"].with_extremes(bad="white")
-    return torch.from_numpy(colors(values.cpu().numpy(), bytes=True)[..., :3]).permute(2, 0, 1)
-
-
-def to_square(image):
-    """[3, h, w] with white below or right of it, where it is no square."""
-    _, h, w = image.shape
-    return F.pad(image, (0, max(h, w) - w, 0, max(h, w) - h), value=1.0)
 
 
 def explore(args):
