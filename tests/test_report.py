@@ -19,12 +19,16 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch, request):
-    """Writes the report with those flags, without drawing, and returns its HTML."""
+def write(tmp_path, monkeypatch):
+    """Writes the report with those flags, without drawing what takes long, and returns its HTML."""
     monkeypatch.chdir(tmp_path)
     pixel = io.BytesIO()
     Image.new("L", (1, 1)).save(pixel, "PNG")
     monkeypatch.setattr(figures, "png", lambda figure: pixel.getvalue())
+    monkeypatch.setattr(figures, "grid", lambda *args, **options: figures.Figure())
+    monkeypatch.setattr(report.decision, "draw", lambda *args: (figures.Figure(), ["3: logit 1 = …"]))
+    compared = figures.Figure(), [], dict.fromkeys(inside.RELU_BACKWARD, 0.5)
+    monkeypatch.setattr(report.sanity_check, "compare", lambda *args: compared)
 
     def write(weights, *flags):
         report.main(["--dataset", "digits", "--weights", str(weights), "--device", "cpu", *flags])
@@ -109,7 +113,7 @@ def test_what_weights_lack_is_said(changed, write):
 
 
 @pytest.mark.parametrize("name, column", [("metrics.csv", "test_accuracy"), ("confusion.csv", "1")])
-def test_tables_of_another_run_are_not_shown(run, changed, write, name, column):
+def test_tables_of_another_run_are_not_shown(run, changed, name, column):
     folder = changed().parent
     for table in ("metrics.csv", "loss.csv", "confusion.csv"):
         shutil.copy(run / table, folder / table)
@@ -117,14 +121,13 @@ def test_tables_of_another_run_are_not_shown(run, changed, write, name, column):
     rows[-1][header.index(column)] = "0.987" if name == "metrics.csv" else "987"
     with open(folder / name, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    numbers = numbers_of_figures(write(folder / "weights.pt"))
-    assert ("6.1" in numbers, "6.2" in numbers, "9.1" in numbers) == (
-        (False, False, True) if name == "metrics.csv" else (True, True, False)
-    )
+    history = report.History(folder / "weights.pt")
+    of_metrics, of_confusion = name == "metrics.csv", name == "confusion.csv"
+    assert not (history.epochs or history.losses) == of_metrics and (len(history.counts) == 0) == of_confusion
 
 
 @pytest.mark.parametrize("content", ["", "epoch\n1\n", "a,b\n1\n", "class,a\nx\n", "\xff\xfe"])
-def test_tables_that_are_damaged_are_none(run, changed, write, content):
+def test_tables_that_are_damaged_are_none(changed, content):
     path = changed()
     for table in ("metrics.csv", "loss.csv", "confusion.csv"):
         (path.parent / table).write_text(content, encoding="latin-1")
@@ -158,7 +161,7 @@ def test_names_are_text(changed, write, tmp_path):
 
 def test_full_has_what_the_strongest_maps_look_for(changed, write, monkeypatch):
     monkeypatch.setattr(maximize, "maximize", functools.partial(maximize.maximize, steps=1))
-    monkeypatch.setattr(report.sanity_check, "SEEDS", 1)
+    monkeypatch.setattr(report.top_pictures, "draw", lambda *args: figures.Figure())
     page = write(changed(), "--full")
     assert numbers_of_figures(page)[-4:] == ["9.5.1", "9.6.1", "9.5.2", "9.6.2"]
     assert "9.1" in numbers_of_figures(page)  # computed, since there is no confusion.csv
@@ -179,8 +182,8 @@ def test_a_second_run_is_put_beside_it(run, changed, write, tmp_path):
 
     (folder / "weights.pt").unlink()
     (folder / "confusion.csv").unlink()
-    text = words(write(run / "weights.pt", "--compare", str(folder)))  # tables alone
-    assert "other none are recorded" in text and "other lacks a confusion.csv" in text
+    history = report.History(report.weights_of_run(folder))  # of tables alone
+    assert history.epochs and history.accuracy and not history.described() and not len(history.counts)
 
 
 def test_a_second_run_that_is_none(run, write, tmp_path, capsys):
