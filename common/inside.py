@@ -151,12 +151,14 @@ def randomize(model, stages, seed=0):
 
 def rank_correlation(pattern, other):
     """Spearman's, of the magnitudes of two patterns [3, H, W], summed over the colours, where one of them is
-    not 0: 1 for the same, and 0 if one of them is empty."""
+    not 0: 1 for the same, and 0 if one of them is empty, or the same everywhere."""
     from scipy.stats import spearmanr  # takes a second to import: not at every start
 
     a, b = pattern.detach().abs().sum(0).cpu(), other.detach().abs().sum(0).cpu()
     seen = (a > 0) | (b > 0)
-    return float(np.nan_to_num(spearmanr(a[seen], b[seen]).statistic)) if a.any() and b.any() else 0.0
+    if len(a[seen].unique()) < 2 or len(b[seen].unique()) < 2:  # there is nothing to rank
+        return 0.0
+    return float(spearmanr(a[seen], b[seen]).statistic)
 
 
 def control(model, x, pattern, layer, channel, method="guided", unit="map"):

@@ -57,11 +57,11 @@ def end_of(out):
     saved = checkpoint.load(out / "last.pt")
     momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
     momenta += [state["momentum"] for state in saved.get("muon", {"state": {}})["state"].values()]
-    epochs = [row.rsplit(",", 1)[0] for row in (out / "metrics.csv").read_text().splitlines()]
+    epochs = [row.rsplit(",", 1)[0] for row in (out / "metrics.csv").read_text(encoding="utf-8").splitlines()]
     return {
         "weights": [tensor.numpy().tobytes() for tensor in saved["model"].values()],
         "momenta": [tensor.numpy().tobytes() for tensor in momenta],
-        "loss.csv": (out / "loss.csv").read_text(),
+        "loss.csv": (out / "loss.csv").read_text(encoding="utf-8"),
         "metrics.csv": epochs,
         "files": sorted(path.name for path in out.iterdir()),
     }

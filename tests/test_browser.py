@@ -53,7 +53,9 @@ def browser():
 def page(browser):
     """A window of 1280×800 in which no error may happen."""
     page, errors = browser.new_page(viewport=dict(width=1280, height=800)), []
-    page.set_default_timeout(600_000)  # ms: no wait is a guess, each ends when what it waits for is there
+    page.context.set_default_timeout(
+        600_000
+    )  # ms: no wait is a guess, each ends when what it waits for is there
     page.on("pageerror", lambda error: errors.append(str(error)))
 
     def note(message):
@@ -195,7 +197,7 @@ def test_front_page_is_there_at_any_address_and_after_a_kill(page, start, free_p
         start.processes[-1].kill()
         start.processes[-1].wait()
     for file in (tmp_path / "runs/visdom").glob("*.json"):
-        json.loads(file.read_text())
+        json.loads(file.read_text(encoding="utf-8"))
     assert start(ROOT / "Myvisdom.py") == bare
     newest = next(line for line in start.processes[-1].stdout if "newest" in line).split()[-1]
     page.goto(newest)
@@ -210,7 +212,7 @@ def test_explorer_opens_at_once_without_data(page, start, free_port, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "own.png")
     (tmp_path / "folder").mkdir()
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "folder" / "blue.png")
-    (tmp_path / "folder" / "broken.png").write_text("no image")
+    (tmp_path / "folder" / "broken.png").write_text("no image", encoding="utf-8")
     explore = start(ROOT / "Myvisdom.py", "--explore", "--image", "own.png", "--image", "folder")
     page.goto(explore)
     page.get_by_text("Where CIFAR-10 is, this shows test images").wait_for()

@@ -124,7 +124,7 @@ def test_archive_packed_or_unpacked(tmp_path, monkeypatch):
 def test_archive_members_stay_in_the_data_folder(tmp_path, monkeypatch):
     root = tmp_path / "data"
     make_archive(root, monkeypatch)
-    (tmp_path / "loot").write_text("loot")
+    (tmp_path / "loot").write_text("loot", encoding="utf-8")
     with tarfile.open(root / CIFAR10.filename, "w:gz") as archive:  # right checksum, wrong intent
         archive.add(tmp_path / "loot", "../escaped")
         archive.add(root / CIFAR10.base_folder, CIFAR10.base_folder)
@@ -258,7 +258,7 @@ def test_train_asks_only_for_what_it_needs(split, flags, tmp_path, no_download):
 
 def test_what_is_not_asked_for_may_be_broken(tmp_path, no_download):
     class_folders(tmp_path / "train", ["cat", "kitten"])
-    (tmp_path / "train" / "cat" / "2.jpg").write_text("no image")
+    (tmp_path / "train" / "cat" / "2.jpg").write_text("no image", encoding="utf-8")
     class_folders(tmp_path / "test")
     image, name = data.select_image("3", "cifar10", tmp_path, data.CIFAR10_CLASSES)
     assert name == "test image 3: cat" and image[0, 0, 0] == 3
@@ -329,7 +329,7 @@ def test_folder_that_cannot_be_read_is_told(path, tmp_path, monkeypatch, no_down
 def test_links_and_names_that_lead_nowhere(tmp_path, monkeypatch, no_download):
     monkeypatch.chdir(tmp_path)
     os.symlink("nowhere", "data")
-    (tmp_path / "text").write_text("text")
+    (tmp_path / "text").write_text("text", encoding="utf-8")
     for name, message in {
         "data": "the folder data cannot be read .it is a link to nothing",
         "data/below": "no folder data/below: name the one",

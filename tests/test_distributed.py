@@ -67,8 +67,8 @@ def test_gradient_of_many_is_that_of_one(processes, parts, double, free_port, tm
 def processes_below(pid):
     """{rank: process} of what torchrun started."""
     found = {}
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        variables = Path(f"/proc/{child}/environ").read_text().split("\0")
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split():
+        variables = Path(f"/proc/{child}/environ").read_text(encoding="utf-8").split("\0")
         found |= {int(v.partition("=")[2]): int(child) for v in variables if v.startswith("RANK=")}
     return found
 
@@ -95,7 +95,7 @@ def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, capsys)
     run = torchrun(2, ROOT / "train.py", *SMALL.split(), "--resume", "--out", out)
     printed, error = run.communicate(timeout=LIMIT)
     assert run.returncode == 0, error
-    with open(out / "metrics.csv") as file:
+    with open(out / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 1))
     assert printed.count("test set, 360 images") == 1  # only the first process prints

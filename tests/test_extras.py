@@ -390,7 +390,7 @@ def test_ablation_is_zeroing_the_map(network):
 def test_ablation_writes_its_table(flags, tmp_path, capsys):
     ablation.main(flags)
     drawn(tmp_path, "ablation.png")
-    with open(tmp_path / "figures/ablation.csv") as file:
+    with open(tmp_path / "figures/ablation.csv", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["left out", "all", *map(str, range(10))] and len(rows) == 514
     assert [row[0] for row in rows[1:4]] == ["none", "0", "1"]
@@ -431,7 +431,7 @@ def test_deletion_blurs_what_has_most_evidence_first(network):
 def test_deletion_draws_and_writes_its_table(flags, tmp_path, capsys):
     deletion.main([*flags, "--count", "3"])
     drawn(tmp_path, "deletion.png")
-    with open(tmp_path / "figures/deletion.csv") as file:
+    with open(tmp_path / "figures/deletion.csv", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows[1:]] == [*attribution.METHODS, "random order"]
     assert all(0 <= float(value) <= 1 for row in rows[1:] for value in row[1:])
@@ -444,7 +444,7 @@ def test_evaluation_writes_the_mistakes(run, flags, tmp_path):
     images, labels = data.load("digits", "")[2:4]
     with torch.no_grad():
         confidence, predicted = network.model(network.preprocess(images)).softmax(1).max(1)
-    with open(tmp_path / "figures/mistakes.csv") as file:
+    with open(tmp_path / "figures/mistakes.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {int(row["number"]) for row in rows} == set((predicted != labels).nonzero().flatten().tolist())
     for row in rows:

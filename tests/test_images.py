@@ -11,8 +11,6 @@ from PIL import Image
 from common.cli import UserError
 from common.images import read_image
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # as in a script: pytest would show them all
-
 
 def test_an_image_file_is_cropped_and_shrunk(tmp_path):
     wide = np.zeros((64, 200, 3), np.uint8)

@@ -37,9 +37,6 @@ CAPTUM = {
 }
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Setting .* hooks", "ignore:Input Tensor 0")
-
-
 @pytest.mark.parametrize("unit", ["map", "max", "median"])
 @pytest.mark.parametrize(
     "layer", ["conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x", "conv3_x.block1.conv2"]

@@ -49,7 +49,7 @@ def imports(root):
     found = {}
     for name, path in known.items():
         found[name] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -132,6 +132,7 @@ def test_a_rule_that_is_broken_is_noticed(module, line, wrong, tmp_path):
     for path in modules(ROOT).values():
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(path.read_text())
-    (tmp_path / module).write_text(f"{(tmp_path / module).read_text()}\n{line}\n")
+        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    with open(tmp_path / module, "a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
     assert any(problem.startswith(wrong) for problem in broken_rules(tmp_path))

@@ -93,8 +93,8 @@ def test_second_interrupt_stops_at_once(tmp_path, at_step, capsys):
     start(tmp_path / "whole", "--epochs", "2")
 
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         pytest.fail("went on")
 
     at_step({5: twice})

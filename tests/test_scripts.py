@@ -89,7 +89,7 @@ def test_without_data_a_photograph_is_used(run, tmp_path, capsys, monkeypatch):
 def test_without_a_run_the_reference_network_is_used(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     test_filter.main([])
-    assert "weights/resnet18_cifar10.pt, trained on CIFAR-10 as jpg" in capsys.readouterr().out
+    assert "weights/resnet18_cifar10.pt, trained on CIFAR-10, jpg files" in capsys.readouterr().out
     shutil.copytree(run, tmp_path / "runs/cifar10")
     test_filter.main([])
     assert "network: runs/cifar10/weights.pt, trained on scikit-learn's" in capsys.readouterr().out

@@ -215,7 +215,7 @@ def downloads(static):
     ):
         build.download_scripts(install_dir=static.parent)
     files = [path for path in static.rglob("*") if path.is_file() and path.name != "version.built"]
-    return {path.relative_to(static).as_posix(): path.read_text() for path in files}
+    return {path.relative_to(static).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
 def test_files_are_those_that_visdom_would_download(tmp_path):
@@ -236,7 +236,7 @@ def test_files_are_those_that_visdom_would_download(tmp_path):
 
 
 def test_files_are_whole_and_of_the_installed_visdom(tmp_path, monkeypatch, capsys):
-    index = (assets.STATIC / "index.html").read_text()
+    index = (assets.STATIC / "index.html").read_text(encoding="utf-8")
     for name in re.findall(r"js/[\w./-]+\.js", index):
         assert name in assets.sources() or (assets.STATIC / name).exists(), name
 
@@ -267,7 +267,14 @@ def test_without_web_and_npm_one_line_says_so_and_training_goes_on(port, tmp_pat
     printed = capsys.readouterr().out
     assert "visdom's page will be blank: neither the web nor npm" in printed and "install npm" in printed
     assert (
-        len(points(json.loads((tmp_path / "runs/visdom/mine.json").read_text())["jsons"]["Train Loss"])) == 2
+        len(
+            points(
+                json.loads((tmp_path / "runs/visdom/mine.json").read_text(encoding="utf-8"))["jsons"][
+                    "Train Loss"
+                ]
+            )
+        )
+        == 2
     )
 
 
@@ -336,7 +343,7 @@ def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch, small_ne
         steps.append(1)
         if len(steps) == 2:
             wait_for(lambda: client.is_listening(port))
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return real(images, batch)
 
     monkeypatch.setattr(data, "augment", augment)
@@ -347,7 +354,7 @@ def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch, small_ne
     assert not [t for t in set(threading.enumerate()) - before if "tqdm" not in type(t).__module__]
     assert not list(tmp_path.rglob("*.tmp"))
     (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")
-    assert "stopped" in json.loads(file.read_text())["jsons"]["Run"]["content"]
+    assert "stopped" in json.loads(file.read_text(encoding="utf-8"))["jsons"]["Run"]["content"]
 
 
 def test_training_goes_on_where_visdom_is_not_installed(free_port, tmp_path, monkeypatch, capsys):
@@ -421,7 +428,7 @@ def test_training_draws_its_page(port, tmp_path, monkeypatch):
     )
     assert not train.main([*flags.split(), "--port", str(port)])
     (file,) = (tmp_path / "runs/visdom").glob("digits_*.json")  # with the time it began
-    saved = json.loads(file.read_text())["jsons"]
+    saved = json.loads(file.read_text(encoding="utf-8"))["jsons"]
     assert len(points(saved["Train Loss"])) == len(points(saved["Validation Accuracy"])) == 1
     (raw, mean), accuracies = (
         saved[pane]["content"]["data"] for pane in ("Train Loss", "Validation Accuracy")
@@ -464,8 +471,10 @@ def test_front_page_lists_runs_newest_first(port, tmp_path, monkeypatch):
     client.stop_server(servers[0])
 
     saved = tmp_path / "runs/visdom"
-    (saved / "a_2026-11-26_09-30-00.json").write_text('{"jsons": {"Run": {"cont')  # killed as it was saved
-    (saved / "main.json").write_text("")
+    (saved / "a_2026-11-26_09-30-00.json").write_text(
+        '{"jsons": {"Run": {"cont', encoding="utf-8"
+    )  # killed as it was saved
+    (saved / "main.json").write_text("", encoding="utf-8")
     servers.append(client.start_server(port))
     wait_for(lambda: client.is_listening(port))
     assert front.draw(client.connect(port, "main")) == names[1:]
@@ -480,10 +489,10 @@ def test_run_that_is_killed_with_its_server_has_left_its_page(port, tmp_path, mo
     page, history = make(port)
     with page:
         saved = tmp_path / "runs/visdom/mine.json"
-        wait_for(lambda: "Run" in json.loads(saved.read_text())["jsons"])
+        wait_for(lambda: "Run" in json.loads(saved.read_text(encoding="utf-8"))["jsons"])
         history["epochs"].append(ROW)
         page.evaluation = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), torch.eye(2)
-        wait_for(lambda: "Validation Accuracy" in json.loads(saved.read_text())["jsons"])
+        wait_for(lambda: "Validation Accuracy" in json.loads(saved.read_text(encoding="utf-8"))["jsons"])
 
 
 def test_last_line_of_a_figure_script_says_where_its_figures_are(port, run, tmp_path, monkeypatch, capsys):
@@ -499,7 +508,7 @@ def test_last_line_of_a_figure_script_says_where_its_figures_are(port, run, tmp_
         test_filter.main(flags)
     lines = capsys.readouterr().out.splitlines()
     assert lines.count(f"on the page: http://127.0.0.1:{port}/env/figures") == 1
-    assert "/env/figures" in (tmp_path / "runs/visdom/main.json").read_text()
+    assert "/env/figures" in (tmp_path / "runs/visdom/main.json").read_text(encoding="utf-8")
 
 
 def test_images_to_explore_are_never_downloaded(tmp_path, monkeypatch):
@@ -544,7 +553,7 @@ def test_explorer_answers_before_it_goes_on_in_the_background(run):
 
 def test_server_tells_the_terminal_nothing_of_its_framework(port, tmp_path):
     command = [sys.executable, Path(Myvisdom.__file__), "--port", str(port)]
-    with open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     try:
         wait_for(lambda: client.is_listening(port))
@@ -556,7 +565,7 @@ def test_server_tells_the_terminal_nothing_of_its_framework(port, tmp_path):
     finally:
         process.kill()
         process.wait()
-    told = (tmp_path / "log").read_text()
+    told = (tmp_path / "log").read_text(encoding="utf-8")
     assert f"http://127.0.0.1:{port}" in told
     assert not re.search("error|warn|traceback|could not", told, re.IGNORECASE)
 
@@ -584,7 +593,9 @@ def test_short_run_waits_for_a_server_that_starts_slowly(port, tmp_path, monkeyp
     with page:
         pass
     assert "waiting for the live page" in capsys.readouterr().out
-    assert "Train Loss" in json.loads((tmp_path / "runs/visdom/mine.json").read_text())["jsons"]
+    assert (
+        "Train Loss" in json.loads((tmp_path / "runs/visdom/mine.json").read_text(encoding="utf-8"))["jsons"]
+    )
 
 
 def test_page_shows_the_filters_and_how_many_maps_are_silent(port, tmp_path, monkeypatch):
