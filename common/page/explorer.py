@@ -173,7 +173,8 @@ class Explorer:
             self.pattern = inside.reconstruct(self.network.model, self.x, layer, channel, self.method)
         caption = f"what map {channel} of {layer} responded to, by {inside.METHOD_NAMES[self.method]}"
         large = pattern_tile(self.pattern, caption, 265)
-        described = f"{inside.describe_map(self.maps, layer, channel)}, brightest at {row.max():.2f}"
+        described = inside.describe_map(self.maps, layer, channel)
+        described += f", brightest at {row.max():.2f}" if row.any() else ""
         small = tile(heat_map(row), described, 118, 11)
         if control is not None:
             small += "<br>" + pattern_tile(control, "control", 118)
