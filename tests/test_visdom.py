@@ -128,9 +128,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         history["epochs"].append(ROW)
     assert page.server.poll() is not None and not client.is_listening(port)
 
-    again = subprocess.Popen(
-        [sys.executable, Path(Myvisdom.__file__), "--port", str(port)], start_new_session=True
-    )
+    again = subprocess.Popen([sys.executable, Path(Myvisdom.__file__), "--port", str(port)])
     try:
         drawn = wait_for(lambda: panes(port, "mine"))
         assert len(points(drawn["Train Loss"])) == 4 and "finished" in drawn["Run"]["content"]
@@ -140,7 +138,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
             assert page.server is None  # this one is not the page's to end
         assert client.is_listening(port)
     finally:
-        os.killpg(again.pid, signal.SIGKILL)
+        again.kill()
         again.wait()
 
 
