@@ -641,6 +641,7 @@ def test_link_of_a_mistake_says_what_to_type_where_no_explorer_is_open(port, tmp
     wait_for(lambda: other.socket_alive)
     other.text("mine")
     assert "--explore --image 7<" in answer(image=7).text
+    other.use_socket = False  # else it goes on trying
     assert answer(image="x").url.endswith("/env/main") and answer().url.endswith("/env/main")
 
 
@@ -714,7 +715,8 @@ def test_explorer_gives_the_exact_account_of_a_decision(explored, image):
         f", {logits[first]:.2f} − {logits[other]:.2f}"
     )
     values, bias = torch.tensor(chart["data"][0]["y"]), network.model.fc.bias.detach()
-    assert values.sum() + bias[first] - bias[other] == pytest.approx(logits[first] - logits[other], abs=1e-4)
+    total = float(values.sum() + bias[first] - bias[other])
+    assert total == pytest.approx(float(logits[first] - logits[other]), abs=1e-4)
     named = [mark["text"] for mark in chart["layout"]["annotations"]]
     order = values.argsort(descending=True).tolist()
     assert named == [f"map {n}" for n in (*order[:3], order[-1])] and explored.channel == order[0]
