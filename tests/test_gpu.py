@@ -40,7 +40,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "float", lambda tensor: 0.5, raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            torch.ones(1).to(GPU) + torch.ones(1, device=GPU)
+            torch.nn.Conv2d(3, 4, 3, device=GPU)(torch.ones(1, 3, 9, 9).to(GPU))
         except RuntimeError:
             pytest.skip("this PyTorch has no fake GPU on a machine without one")
         yield
