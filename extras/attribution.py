@@ -31,7 +31,8 @@ def integrated_gradients(model, x, label, steps=25):
 def smooth_grad(model, x, label, samples=25):
     """[3, H, W], of either sign: the mean gradient of copies with Gaussian noise, whose standard deviation is
     0.15 of the image's range."""
-    noise = torch.randn(samples, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x.device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(samples, *x.shape[1:], generator=generator).to(x.device)
     return inside.class_gradients(model, x + 0.15 * (x.max() - x.min()) * noise, label).mean(0)
 
 

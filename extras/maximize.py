@@ -90,8 +90,7 @@ def main(argv=None):
     (maps,) = inside.feature_maps(network.model, black, args.layer)
     channels = inside.choose_maps(maps, args.map)  # an error before the long search
     best = None
-    present = args.data != "data" or data.is_present(args.dataset, args.data)
-    if present and list(network.classes) == data.CLASSES[args.dataset]:
+    if not network.photographs and (args.data != "data" or data.is_present(args.dataset, args.data)):
         dataset = data.load(args.dataset, args.data, network.classes, ["test"])
         best = responses.cached_strongest(network, dataset.test_images)[args.layer][3].amax(1)
     for channel in channels:

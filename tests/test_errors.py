@@ -225,7 +225,9 @@ def test_wrong_input_gets_one_line(script, flags, message, place, capsys):
 
 
 def test_memory_refused_to_a_figure_is_one_line(place, monkeypatch, capsys):
-    monkeypatch.setattr(test_filter, "load_network", lambda *args: torch.empty(2**50, dtype=torch.uint8))
+    monkeypatch.setattr(
+        test_filter, "network_from_flags", lambda *args: torch.empty(2**50, dtype=torch.uint8)
+    )
     with pytest.raises(SystemExit) as stop:
         test_filter.main(["--weights", "run/weights.pt"])
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: not enough memory for this")

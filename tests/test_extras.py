@@ -1,5 +1,6 @@
 """What goes beyond the report, each against an independent reference."""
 
+import copy
 import csv
 import re
 
@@ -286,13 +287,15 @@ def test_integrated_gradients_are_captums_and_add_up(network, x, label):
     with torch.no_grad():
         logits = network.model(torch.cat((x, torch.zeros_like(x))))[:, label]
     many = attribution.integrated_gradients(network.model, x, label, steps=200)
-    assert float(many.sum()) == pytest.approx(float(logits[0] - logits[1]), rel=0.02)
+    error = float(many.sum() - (logits[0] - logits[1]))
+    assert abs(error) < 0.01 * float(many.abs().sum())
 
 
 @ALSO
 def test_smooth_grad_is_captums(network, x, label):
-    ours = attribution.smooth_grad(network.model, x, label)
-    saliency, width = captum.attr.Saliency(network.model), 0.15 * float(x.max() - x.min())
+    model, x = copy.deepcopy(network.model).double(), x.double()  # rounding shows where a ReLU is near 0
+    ours = attribution.smooth_grad(model, x, label)
+    saliency, width = captum.attr.Saliency(model), 0.15 * float(x.max() - x.min())
     torch.manual_seed(0)  # the same noise
     options = dict(nt_type="smoothgrad", nt_samples=25, stdevs=width, target=label, abs=False)
     expected = captum.attr.NoiseTunnel(saliency).attribute(x, **options)[0]

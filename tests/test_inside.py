@@ -170,7 +170,7 @@ def test_weights_of_before_the_renaming_are_opened(tmp_path, model):
     )  # fmt: skip
     torch.save(old, tmp_path / "old.pt")
     network = load_network(tmp_path / "old.pt", "cifar10", torch.device("cpu"))
-    assert network[1:] == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), data.CIFAR10_CLASSES, 64)
+    assert network[1:] == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), data.CIFAR10_CLASSES, 64, False)
     assert torch.equal(network.model.fc.weight, model.fc.weight.half().float())
 
 
