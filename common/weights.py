@@ -24,7 +24,7 @@ def read(path):
     found = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in found.items()}
     prefix = next((name.removesuffix("fc.weight") for name in found if name.endswith("fc.weight")), "")
     found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    classes = found["fc.weight"].shape[0] if "fc.weight" in found else 10
+    classes = max(1, found["fc.bias"].numel()) if "fc.bias" in found else 10
     with torch.device("meta"):  # shapes only
         expected = ResNet18(classes).state_dict()
     theirs = "conv1.conv.weight" not in found  # torchvision's names

@@ -166,7 +166,7 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     page.get_by_text("The 128 maps of conv3_x").wait_for()
     method.select_option("gradient")
     page.get_by_text("conv3_x responded to, by the gradient").wait_for()
-    test_image.select_option(index=7)
+    test_image.select_option(label=test_image.locator("option", has_text="test image 7:").inner_text())
     page.locator(CAPTION, has_text="test image 7:").wait_for()
     for number, x, y in ((11, 11.9, 0.1), (12, 0.1, 1.1), (127, 7.5, 10.5)):  # 12 columns of 44 px
         image.dblclick(position=dict(x=44 * x, y=44 * y))
