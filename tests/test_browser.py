@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_visdom import make, wait_for
+from test_visdom import make, panes, wait_for
 
 import test_activations
 from common import data, inside, responses
@@ -54,7 +54,7 @@ def page(browser):
     """A window of 1280×800 in which no error may happen."""
     page, errors = browser.new_page(viewport=dict(width=1280, height=800)), []
     page.context.set_default_timeout(
-        600_000
+        180_000
     )  # ms: no wait is a guess, each ends when what it waits for is there
     page.on("pageerror", lambda error: errors.append(str(error)))
 
@@ -250,3 +250,42 @@ def test_names_of_files_and_runs_are_only_text(page, start, run, tmp_path, free_
     page.get_by_text("How strongly each of the 64 maps").first.wait_for()
     page.wait_for_timeout(1000)
     assert page.evaluate("window.hacked") is None
+
+
+def test_click_on_a_mistake_leads_to_its_reason(page, start, run, free_port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights, digits = run / "weights.pt", data.load("digits", "")
+    network = load_network(weights, "digits", torch.device("cpu"))
+    bare = start(ROOT / "Myvisdom.py")
+    training, history = make(free_port, dataset="digits", weights=str(weights), data="data")
+    with torch.no_grad():
+        logits = network.model(network.preprocess(digits.test_images))
+    history["epochs"].append(dict(epoch=1, train_accuracy=0.5, test_accuracy=0.25, last_size_accuracy=None))
+    training.classes, training.evaluation = digits.classes, (digits.test_images, digits.test_labels, logits)
+    with training:
+        wait_for(
+            lambda: "Mistakes" in (panes(free_port, "mine") or {})
+        )  # a page that is not there leads to the front
+        page.goto(f"{bare}/env/mine")
+        page.get_by_text("click one to see why").wait_for()
+    number, truth, said, _ = inside.mistakes(digits.test_labels, logits, digits.classes)[2]
+    mistake = page.locator("a", has_text=f"image {number}:")
+    with page.expect_popup() as popup:
+        mistake.click()
+    reason = popup.value
+    command = f"python Myvisdom.py --explore --weights {weights} --dataset digits --image {number}"
+    reason.get_by_text(command).wait_for()
+
+    start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights)
+    mistake.click()  # the same window shows it
+    reason.locator(CAPTION, has_text=f"test image {number}: {truth};").wait_for()
+    reason.get_by_text(f"Why {said} and not {truth}: what each map adds").wait_for()
+    reason.get_by_text("Control, by random weights in conv4_x and conv5_x: rank corr").wait_for()
+    options = reason.locator(".window select").nth(1).locator("option")
+    wanted = f"test image {number}: {truth}, taken for {said}"
+    reason.wait_for_function(
+        """wanted => [...document.querySelectorAll('option')].some(option => option.innerText == wanted)""",
+        arg=wanted,
+    )
+    assert options.all_inner_texts().index(wanted) < 6  # the third of them, after a test image of the start
+    screenshot(reason, "mistake")

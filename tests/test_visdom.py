@@ -364,6 +364,7 @@ def test_training_goes_on_where_visdom_is_not_installed(free_port, tmp_path, mon
     flags = "--dataset digits --limit 64 --epochs 1 --size 32 --device cpu --precision fp32"
     assert not train.main([*flags.split(), "--out", str(tmp_path)])
     assert "no live page, since visdom is not installed: pip install -r" in capsys.readouterr().out
+    monkeypatch.setattr(client, "TIMEOUT", 1)  # second; each figure asks a program that never answers
     with socket.create_server(("127.0.0.1", free_port)):
         test_filter.main(["--port", str(free_port), "--out", str(tmp_path)])
     assert f"{tmp_path}/filters_rgb.png" in capsys.readouterr().out
