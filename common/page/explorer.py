@@ -213,7 +213,7 @@ class Explorer:
         found = responses.crops(self.network, self.layer, width, self.test_images[indices], positions)
         images = [(255 * to_square(crop)).to(torch.uint8) for crop, _ in found]
         captions = [f"{html.escape(names[label])}, {value:.2f}" for label, value in zip(labels, values)]
-        client.draw_images(self.page, "Nine", images, captions, 104, 10, **opts)
+        client.draw_images(self.page, "Nine", images, captions, 88, 10, **opts)
         by_class = [float(means[self.test_labels == label].mean()) for label in range(len(names))]
         trace = dict(type="bar", orientation="h", x=by_class, y=names)
         trace["hovertemplate"] = "%{y}: %{x:.4f}<extra></extra>"
