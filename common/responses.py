@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from common import checkpoint, cli, inside
+from common.device import autocast, select_precision
 from common.images import Photographs
 
 CACHE = Path("runs/responses")
@@ -20,16 +21,21 @@ def bar(parts):
 
 
 @torch.inference_mode()
-def strongest(network, images, batch=100, progress=bar):
+def strongest(network, images, batch=25, progress=bar, precision="auto"):
     """For each stage: (values [maps, 9], images [maps, 9], positions [maps, 9] in the flattened map, the
     strongest first; mean activations [maps, N]) over all `images`, uint8 [N, 3, S, S] or `Photographs`.
-    `progress` gets the batches and yields each again."""
+    `progress` gets the batches and yields each again; `precision` is one that `select_precision` takes."""
     found = {stage: [] for stage in inside.STAGES}
+    device = network.model.fc.weight.device
+    precision = select_precision(precision, device)
     for part in progress(DataLoader(images, batch)):
-        stages = inside.feature_maps(network.model, network.preprocess(part), *inside.STAGES)
+        with autocast(device, precision):
+            stages = inside.feature_maps(network.model, network.preprocess(part), *inside.STAGES)
         for stage, maps in zip(inside.STAGES, stages):
-            maps = maps.flatten(2).transpose(0, 1)  # [maps, images, positions]
-            found[stage].append([tensor.cpu() for tensor in (*maps.max(2), maps.mean(2))])
+            peaks, positions = F.adaptive_max_pool2d(maps, 1, return_indices=True)
+            means = maps.mean((2, 3), dtype=torch.float32)
+            tensors = peaks.float().flatten(1), positions.flatten(1), means
+            found[stage].append([tensor.T.cpu() for tensor in tensors])
     for stage, parts in found.items():
         peaks, positions, means = (torch.cat(tensors, 1) for tensors in zip(*parts))  # [maps, N] each
         values, indices = peaks.topk(min(9, len(images)))

@@ -20,15 +20,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     network = network_from_flags(args)
     if network.photographs:
-        everything, batch = Photographs(args.data, network.crop), 25
+        everything = Photographs(args.data, network.crop)
         name_of = everything.name
     else:
-        dataset, batch = data.load(args.dataset, args.data, network.classes, ["test"]), 100
+        dataset = data.load(args.dataset, args.data, network.classes, ["test"])
         everything, labels = dataset.test_images, dataset.test_labels.tolist()
         name_of = lambda index: network.classes[labels[index]]  # noqa: E731
     (maps,) = inside.feature_maps(network.model, network.preprocess(everything[0]), args.layer)
     inside.choose_maps(maps, args.map)  # an error before the long search
-    found = responses.cached_strongest(network, everything, batch=batch)[args.layer]
+    found = responses.cached_strongest(network, everything)[args.layer]
     for channel in inside.choose_maps(maps, args.map):
         figure = draw(network, everything, name_of, found, args.layer, channel, args.method)
         save_figure(figure, args, f"top_pictures_{args.layer}_map{channel}.png")
