@@ -268,7 +268,7 @@ def test_the_nine_of_a_folder_of_photographs(references, tmp_path, monkeypatch, 
     flags = "--weights x.pth --size 64 --data photos --layer conv2_x --map 3".split()
     assert not top_pictures.main(flags)
     network = load_network("x.pth", "cifar10", CPU, size=64)
-    values, indices, _, means = responses.strongest(network, found, batch=4)["conv2_x"]
+    values, indices, _, means = responses.strongest(network, found, batch=4, precision="fp32")["conv2_x"]
     with torch.no_grad():
         (maps,) = inside.feature_maps(network.model, network.preprocess(found[7]), "conv2_x")
     assert means[3, 7] == pytest.approx(float(maps[0, 3].mean()), rel=1e-4)
