@@ -39,7 +39,6 @@ STANDARD = dict(
     label_smoothing=0.1,  # share of the target spread evenly over all classes; in the training loss only
     shift=4,  # px of 32: images are cropped up to this far off centre
     flip=True,  # half of the images, left to right (never digits)
-    cutout=0,  # px of 32: the side of a grey square somewhere in each image
     mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's own, per channel, of values from 0 to 1
     std=(0.2470, 0.2435, 0.2616),  # likewise
 )
@@ -61,7 +60,6 @@ RECIPES = {
         label_smoothing=0.0,  # none
         shift=0,  # no augmentation
         flip=False,
-        cutout=0,
         mean=(0.5, 0.5, 0.5),  # values from -1 to 1
         std=(0.5, 0.5, 0.5),
     ),
@@ -173,7 +171,7 @@ def backward(model, images, labels, batch, size, settings, scaler, micro_batches
     shards = [distributed.shard(field).tensor_split(micro_batches) for field in batch]
     for i in range(micro_batches):
         part = data.Batch(*(field[i] for field in shards))
-        x = data.augment(images, part, settings.get("cutout", 0))
+        x = data.augment(images, part)
         x = data.normalize_and_resize(x, size, settings["mean"], settings["std"])
         y = labels[part.indices]
         with distributed.sync_gradients(model, enabled=i == micro_batches - 1):
@@ -253,7 +251,7 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
 def train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, micro_batches):
     """Takes the steps of an epoch that the run has not taken yet. Returns the signal that ended it, or 0."""
     images, labels, settings = dataset.train_images, dataset.train_labels, run.settings
-    size, augmentation = settings["sizes"][epoch], {key: settings.get(key, 0) for key in ("shift", "flip", "cutout")}
+    size, augmentation = settings["sizes"][epoch], dict(shift=settings["shift"], flip=settings["flip"])
     batches = data.epoch_batches(
         len(images), run.batch_size, settings["seed"], epoch, **augmentation, device=images.device
     )

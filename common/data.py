@@ -306,30 +306,25 @@ class Batch(NamedTuple):
     top: torch.Tensor  # int64 [B], pixels: where the crop begins
     left: torch.Tensor
     flip: torch.Tensor  # bool [B]
-    hole_top: torch.Tensor  # int64 [B], pixels: where the hole of cutout begins
-    hole_left: torch.Tensor
 
 
-def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, cutout=0, device="cpu"):
+def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, device="cpu"):
     """The batches of an epoch over `n` images, shuffled; a last, smaller one is left out unless it is the
     only one. All is drawn at once from (seed, epoch), so that any step can be done again, on any device.
 
-    A crop is off centre by up to `shift` pixels each way, half of them are flipped if `flip`, and the centre of
-    its hole of `cutout` pixels a side is anywhere in it."""
+    A crop is off centre by up to `shift` pixels each way, and half of them are flipped if `flip`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     steps, batch_size = max(1, n // batch_size), min(n, batch_size)
     indices = torch.randperm(n, generator=generator)[: steps * batch_size]
     places = torch.rand(2, len(indices), generator=generator)  # of all possible ones, 0 … 1
     flips = torch.rand(len(indices), generator=generator) < (0.5 if flip else 0)
     top, left = (places * (2 * shift + 1)).long() - shift
-    holes = torch.randint(SIDE, (2, len(indices)), generator=generator) - cutout // 2
-    parts = (part.to(device).split(batch_size) for part in (indices, top, left, flips, *holes))
+    parts = (part.to(device).split(batch_size) for part in (indices, top, left, flips))
     return [Batch(*batch) for batch in zip(*parts)]
 
 
-def augment(images, batch, cutout=0):
-    """The images of a batch, cropped (beyond its edge an image is its own reflection) and flipped, with a grey
-    square of `cutout` pixels a side in each (DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552):
+def augment(images, batch):
+    """The images of a batch, cropped (beyond its edge an image is its own reflection) and flipped:
     uint8 [N, 3, 32, 32] → [B, 3, 32, 32], channels last."""
 
     def reflect(index):  # … 2 1 | 0 1 2 … 31 | 30 29 …
@@ -339,10 +334,6 @@ def augment(images, batch, cutout=0):
     rows = reflect(index + batch.top[:, None])
     columns = reflect(torch.where(batch.flip[:, None], index.flip(0), index) + batch.left[:, None])
     crops = images[batch.indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    if cutout:
-        starts = batch.hole_top[:, None], batch.hole_left[:, None]
-        in_rows, in_columns = ((index >= start) & (index < start + cutout) for start in starts)
-        crops = crops.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[..., None], 128)
     return crops.permute(0, 3, 1, 2)  # the indexing put the channels last
 
 
