@@ -1,8 +1,10 @@
 """Small data and a small trained run, made once."""
 
 import os
+import signal
 import socket
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C otherwise
 os.environ["OMP_NUM_THREADS"] = "1"  # of a process: pytest runs two, and threads that wait for a core spin
 
 import numpy as np
