@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C otherwise
 os.environ["OMP_NUM_THREADS"] = "1"  # of a process: pytest runs two, and threads that wait for a core spin
 
 import numpy as np
@@ -15,6 +14,9 @@ from torch import nn
 import train
 from common import data
 from common.run import Run
+
+# What a shell started in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
