@@ -206,6 +206,32 @@ def columns(axes, values, marked, title, label, text="map {}: {:.3f}"):
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def map_column(cells, maps, channel, pattern, control, correlation):
+    """Draws, in three `cells` from top to bottom, map `channel` of `maps`, [1, channels, h, w], the pattern
+    [3, H, W] that it responded to, and what `inside.control` gave for that."""
+    peak = float(maps[0, channel].max())
+    show(cells[0], maps[0, channel, None], cmap="inferno", vmin=0, vmax=peak or 1.0)
+    cells[0].set_xlabel(f"map {channel}, brightest at {peak:.2f}")
+    show(cells[1], pattern_image(pattern))
+    cells[1].set_xlabel(f"pattern, {largest(pattern)}")
+    show(cells[2], pattern_image(control))
+    cells[2].set_xlabel(f"control, {largest(control)}\nrank correlation {correlation:.2f}")
+
+
+def change_table(axes, values, rows, columns, label):
+    """Draws changes [rows, columns] as numbers, on blue for a gain and red for a loss, with a colour bar."""
+    limit = float(values.abs().max()) or 1.0
+    shown = axes.imshow(values.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(values.numpy()):
+        options = dict(
+            ha="center", va="center", fontsize=8, color="white" if abs(value) > limit / 2 else "black"
+        )
+        axes.text(column, row, f"{value:+.1f}" if abs(value) >= 0.05 else "0", **options)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.figure.colorbar(shown, ax=axes, label=label, shrink=0.6)
+
+
 def running_mean(losses):
     """(window, means [N - window + 1]) of losses [N]; the window is a tenth of them, at most 100."""
     window = max(1, min(100, len(losses) // 10))

@@ -10,10 +10,9 @@ from common.page.client import save_figure
 
 TEXT = """Each column of the charts is one map of conv5_x: its mean activation times its weight in fc. They
 and a bias add up to the class's logit exactly, and the class with the largest logit is what the network says.
-Below: the three maps that speak most for {} and against {}, then the one that speaks most the other way;
-where each responds; the pattern that it responds to, by guided backpropagation; and as a control the same
-from this network with random upper stages. A rank correlation above 0.6 means that the pattern is mostly the
-image's own edges."""
+Below: the three maps that speak most for {} and against {}, then the one that speaks most the other way; the
+pattern that each responds to, by guided backpropagation; and as a control the same from this network with
+random upper stages. If their rank correlation is above 0.6, the pattern is mostly the image's own edges."""
 
 
 def decide(model, x, labels):
@@ -29,14 +28,10 @@ def draw(network, image, name, x, names=()):
     """(a figure of the account, what it says in lines) of the class that the network says, against the one in
     `names`, or what the test image is, or the second most probable. Raises `UserError`."""
     model, classes = network.model, network.classes
-    probabilities, truth = (
-        model(x)[0].detach().softmax(0),
-        name.removeprefix("test image ").partition(": ")[2],
-    )
-    said = classes[probabilities.argmax()]
-    labels = inside.choose_classes(
-        probabilities, classes, names or [c for c in classes if c == truth != said]
-    )
+    probabilities = model(x)[0].detach().softmax(0)
+    said, truth = classes[probabilities.argmax()], name.removeprefix("test image ").partition(": ")[2]
+    names = names or [c for c in classes if c == truth != said]
+    labels = inside.choose_classes(probabilities, classes, names)
     if len(labels) != 2:
         raise cli.UserError(f"the network says {said}: --class takes one other class")
     maps, logits, parts, strongest = decide(model, x, labels)
@@ -53,18 +48,14 @@ def draw(network, image, name, x, names=()):
     cells[0, 0].set_xlabel(name)
     for axes in cells[1:, 0]:
         axes.set_axis_off()
-    for channel, (top, middle, bottom) in zip(strongest, cells[:, 1:].T):
+    for channel, column in zip(strongest, cells[:, 1:].T):
         pattern = inside.reconstruct(model, x, "conv5_x", channel)
-        control, correlation = inside.control(model, x, pattern, "conv5_x", channel)
-        (for_a, for_b), peak = parts[:, channel], float(maps[0, channel].max())
+        figures.map_column(
+            column, maps, channel, pattern, *inside.control(model, x, pattern, "conv5_x", channel)
+        )
+        for_a, for_b = parts[:, channel]
+        column[0].set_title(f"{a} {for_a:+.3f}, {b} {for_b:+.3f}", fontsize=10)
         lines.append(f"map {channel}: {a} {for_a:+.3f}, {b} {for_b:+.3f}")
-        figures.show(top, maps[0, channel, None], cmap="inferno", vmin=0, vmax=peak or 1.0)
-        label = f"map {channel}, brightest at {peak:.2f}\n{a} {for_a:+.3f}\n{b} {for_b:+.3f}"
-        top.set_xlabel(label)
-        figures.show(middle, figures.pattern_image(pattern))
-        middle.set_xlabel(f"pattern, {figures.largest(pattern)}")
-        figures.show(bottom, figures.pattern_image(control))
-        bottom.set_xlabel(f"control, {figures.largest(control)}\nrank correlation {correlation:.2f}")
     return figures.explain(figure, TEXT.format(a, b)), lines
 
 

@@ -22,30 +22,27 @@ the order is random. Curves are means; ± is the standard deviation of the area 
 
 @torch.no_grad()
 def curve(network, image, evidence, label):
-    """The probabilities [STEPS + 1] of class `label` as the pixels of `image`, uint8 [3, 32, 32], are
-    blurred, those with the highest `evidence` [H, W] first."""
-    evidence = F.interpolate(evidence[None, None].float(), image.shape[1:], mode="area")
-    side = image.shape[1]
+    """The probabilities [STEPS + 1] of class `label` as the pixels of `image`, uint8 [3, 32, 32] on the CPU,
+    are blurred, those with the highest `evidence` [h, w] first."""
+    side, evidence = image.shape[1], evidence[None, None].float().cpu()
+    evidence = F.interpolate(evidence, (side, side), mode="bilinear", antialias=True)
     rank = evidence.flatten().argsort(descending=True).argsort().view_as(evidence)
-    ends = torch.arange(STEPS + 1, device=rank.device).view(-1, 1, 1, 1) * (rank.numel() / STEPS)
-    images = torch.where(
-        rank < ends, gaussian_blur(image.float(), 6 * (side // 8) + 1, side / 8), image.float()
-    )
+    ends = torch.arange(STEPS + 1).view(-1, 1, 1, 1) * (rank.numel() / STEPS)
+    blurred = gaussian_blur(image.float(), 6 * (side // 8) + 1, side / 8)
+    images = torch.where(rank < ends, blurred, image.float())
     return network.model(network.preprocess(images)).float().softmax(1)[:, label].cpu()
 
 
 def measure(network, images):
-    """{method: its curves [N, STEPS + 1]} for METHODS and the random order, and images uint8 [N, 3, 32,
-    32]."""
-    generator, device = torch.Generator().manual_seed(0), network.model.fc.weight.device
+    """{method: curves [N, STEPS + 1]} for METHODS and the random order, of images uint8 [N, 3, 32, 32]."""
+    generator = torch.Generator().manual_seed(0)
     methods = METHODS | {"random order": lambda model, x, label: torch.rand(x.shape[2:], generator=generator)}
     curves = {method: [] for method in methods}
-    for image in cli.progress_bar(images.to(device), "blurring the evidence away"):
+    for image in cli.progress_bar(images, "blurring the evidence away"):
         x = network.preprocess(image)
         label = int(network.model(x).argmax())
-        for method, evidence in methods.items():
-            evidence = evidence(network.model, x, label).to(device)
-            curves[method].append(curve(network, image, evidence, label))
+        for method, function in methods.items():
+            curves[method].append(curve(network, image, function(network.model, x, label), label))
     return {method: torch.stack(found) for method, found in curves.items()}
 
 
@@ -53,23 +50,20 @@ def summary(curves):
     """{method: (the mean area under its curves; their standard deviation; in how many of the images it is
     smaller than in random order)}, all 0 … 1."""
     areas = {method: torch.trapezoid(found.double(), dx=1 / STEPS) for method, found in curves.items()}
-    smaller = {method: (area < areas["random order"]).double().mean() for method, area in areas.items()}
-    return {
-        m: (float(area.mean()), float(area.std(correction=0)), float(smaller[m])) for m, area in areas.items()
-    }
+    chance = areas["random order"]
+    rows = ((a.mean(), a.std(correction=0), (a < chance).double().mean()) for a in areas.values())
+    return {method: tuple(map(float, row)) for method, row in zip(areas, rows)}
 
 
 def draw(curves):
     """A figure of the mean curves."""
     axes = figures.Figure(figsize=(9, 6.2), layout="constrained").subplots()
-    for method, (area, spread, _) in summary(curves).items():
+    for (method, found), (area, spread, _) in zip(curves.items(), summary(curves).values()):
         style = dict(color="black", ls="--") if method == "random order" else {}
         label = f"{method}: area {area:.3f} ± {spread:.3f}"
-        axes.plot(torch.linspace(0, 100, STEPS + 1), curves[method].mean(0), label=label, **style)
+        axes.plot(torch.linspace(0, 100, STEPS + 1), found.mean(0), label=label, **style)
     axes.set(xlabel="pixels blurred, %", ylabel="probability of the class", ylim=(0, 1), xlim=(0, 100))
-    axes.set_title(
-        f"Probability of the class as its evidence is blurred ({len(curves['occlusion'])} test images)"
-    )
+    axes.set_title(f"Probability of the class as its evidence is blurred ({len(found)} test images)")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     return figures.explain(axes.figure, TEXT)
@@ -78,10 +72,7 @@ def draw(curves):
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "network", "dataset", "data", "out", "device", "port")
-    whole = cli.number(int, 1)
-    parser.add_argument(
-        "--count", type=whole, default=100, metavar="N", help="how many images (default: 100)"
-    )
+    parser.add_argument("--count", type=cli.number(int, 1), default=100, metavar="N", help="default: 100")
     args = parser.parse_args(argv)
     network = network_from_flags(args)
     images = data.load(args.dataset, args.data, network.classes, ["test"]).test_images[: args.count]

@@ -175,7 +175,7 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
         page.get_by_text(f"mean activation {maps[0, number].mean():.3f}").wait_for()
         page.wait_for_function(
             """number => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
-                plot.data[0].type == 'bar' && plot.data[0].marker.color.indexOf('#e4572e') == number)""",
+                plot.data?.[0].type == 'bar' && plot.data[0].marker?.color.indexOf('#e4572e') == number)""",
             arg=number,
         )
     page.get_by_text("at random").click()

@@ -22,9 +22,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-import visdom
 from PIL import Image
-from visdom.server import build
 
 import Myvisdom
 import test_activations
@@ -34,6 +32,7 @@ from common import data, inside, responses
 from common.cli import UserError
 from common.network import load_network
 from common.page import assets, choices, client, explorer, front
+from common.page.server import visdom
 from MyResnet import ResNet18
 
 LIMIT = 600  # seconds: no wait is a guess, each ends when what it waits for is there
@@ -200,6 +199,7 @@ os.kill(os.getpid(), 9)
 
 def downloads(static):
     """{file below static/: its address} of what the installed visdom would download."""
+    from visdom.server import build  # after common.page.server, which imports it in its own way
 
     def opened(what):  # an address, or a request for one: what is "downloaded" is the address itself
         address = getattr(what, "full_url", what).encode()
@@ -548,6 +548,13 @@ def test_explorer_answers_before_it_goes_on_in_the_background(run):
     explored.closing = True
     with pytest.raises(ConnectionError):
         next(explored.track([1]))
+
+
+def test_server_starts_without_what_takes_seconds_to_import():
+    code = "import sys, server; print({'visdom', 'torch', 'openTSNE', 'sklearn'} & set(sys.modules))"
+    folder = Path(Myvisdom.__file__).parent / "common" / "page"
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert result.stdout.strip() == "{'visdom'}", result.stderr
 
 
 def test_server_tells_the_terminal_nothing_of_its_framework(port, tmp_path):

@@ -12,10 +12,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import requests  # comes with visdom
-import visdom
 
 from common.checkpoint import atomic_write
 from common.cli import UserError
+from common.page.server import visdom
 
 STATIC = Path(visdom.__file__).parent / "static"
 RECORD = "whole.json"  # {"version": visdom's, "sizes": {file: bytes}}

@@ -65,7 +65,7 @@ def stop_server(process):
 
 def connect(port, env, events=False):
     """A client of the server on `port`, for one environment. Raises ConnectionError."""
-    import visdom
+    from common.page.server import visdom
 
     class Client(visdom.Visdom):
         """A server that hangs makes visdom's own client wait for ever, and that of 0.3 leaves a thread."""

@@ -8,9 +8,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from visdom.server import app, run_server
-from visdom.server.handlers import web_handlers
-from visdom.utils.server_utils import send_to_sources
+# visdom imports these two if it finds them, and openTSNE brings scikit-learn and SciPy: the server would
+# start seconds later, for what no page here needs. So for a moment they are not to be found.
+HIDDEN = [name for name in ("torch", "openTSNE") if name not in sys.modules]
+sys.modules.update(dict.fromkeys(HIDDEN))
+import visdom  # noqa: E402, F401
+from visdom.server import app, run_server  # noqa: E402
+from visdom.server.handlers import web_handlers  # noqa: E402
+from visdom.utils.server_utils import send_to_sources  # noqa: E402
+
+for name in HIDDEN:
+    del sys.modules[name]
 
 
 def show_front_page():
