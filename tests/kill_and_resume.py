@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # for `python tests/kill_and
 from common import checkpoint, cli
 
 RUN = (
-    "--dataset digits --recipe standard --limit 256 --batch-size 64 --size 32 --precision fp32 --seed 3 "
+    "--dataset digits --recipe standard --limit 64 --batch-size 16 --size 32 --precision fp32 --seed 3 "
     "--save-every 0 --no-visdom --device cpu"
 )
 

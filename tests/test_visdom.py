@@ -355,7 +355,9 @@ def test_signal_ends_the_page_with_the_run(port, tmp_path, monkeypatch, small_ne
     assert "stopped" in json.loads(file.read_text(encoding="utf-8"))["jsons"]["Run"]["content"]
 
 
-def test_training_goes_on_where_visdom_is_not_installed(free_port, tmp_path, monkeypatch, capsys):
+def test_training_goes_on_where_visdom_is_not_installed(
+    free_port, tmp_path, monkeypatch, capsys, small_network
+):
     for name in ("Myvisdom", "common.page.assets", "common.page.server"):
         monkeypatch.delitem(sys.modules, name)
     for name in ("assets", "server"):
@@ -719,8 +721,8 @@ def test_explorer_gives_the_exact_account_of_a_decision(explored, image):
     chart = page._send.call_args.args[0]
     assert chart["win"] == "Mean activations"
     assert chart["opts"]["title"] == (
-        f"Why {first} and not {other}: what each map adds to their logits' difference"
-        f", {logits[first]:.2f} − {logits[other]:.2f}"
+        f"Why {first} and not {other}: what each map adds to the difference of their logits"
+        f", {logits[first] - logits[other]:.2f}"
     )
     values, bias = torch.tensor(chart["data"][0]["y"]), network.model.fc.bias.detach()
     total = float(values.sum() + bias[first] - bias[other])

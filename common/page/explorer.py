@@ -128,8 +128,8 @@ class Explorer:
         if len(labels) < 2:
             return None
         (a, b), (x, y) = labels, logits[labels].tolist()
-        title = f"Why {classes[a]} and not {classes[b]}: what each map adds to their logits' difference"
-        title += f", {x:.2f} − {y:.2f}"
+        title = f"Why {classes[a]} and not {classes[b]}: what each map adds to the difference of their logits"
+        title += f", {x - y:.2f}"
         return title, (parts[a] - parts[b]).cpu()
 
     def _draw_about_map(self):
