@@ -1,5 +1,6 @@
 """Whatever a script is started from and prints to: a notebook, a pipe, a log file, nothing at all."""
 
+import contextlib
 import errno
 import io
 import os
@@ -76,14 +77,24 @@ def test_table_is_printed_to_any_encoding_and_reader():
     assert (status, err) == (141, "")
 
 
+@pytest.fixture
 def broken_pipe():
-    """A stream to a reader that has left."""
-    read, write = os.pipe()
-    os.close(read)
-    return open(write, "w", buffering=1, encoding="utf-8")
+    """Makes streams to a reader that has left."""
+    streams = []
+
+    def make():
+        read, write = os.pipe()
+        os.close(read)
+        streams.append(open(write, "w", buffering=1, encoding="utf-8"))
+        return streams[-1]
+
+    yield make
+    for stream in streams:
+        with contextlib.suppress(BrokenPipeError):  # of what is still to be written
+            stream.close()
 
 
-def test_reader_that_leaves_ends_a_figure_script_quietly(flags, monkeypatch, capsys):
+def test_reader_that_leaves_ends_a_figure_script_quietly(flags, monkeypatch, capsys, broken_pipe):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "stdout", broken_pipe())
         test_filter.main(flags)
@@ -96,7 +107,7 @@ def test_reader_that_leaves_ends_a_figure_script_quietly(flags, monkeypatch, cap
         assert stop.value.code == (0 if arguments == ["--help"] else 2)
 
 
-def test_reader_that_leaves_does_not_end_a_run(tmp_path, monkeypatch, small_network):
+def test_reader_that_leaves_does_not_end_a_run(tmp_path, monkeypatch, small_network, broken_pipe):
     with monkeypatch.context() as patch:
         for name in ("stdout", "stderr"):
             patch.setattr(sys, name, broken_pipe())

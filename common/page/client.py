@@ -78,6 +78,10 @@ def connect(port, env, events=False):
             answer.raise_for_status()
             return answer.text
 
+        def get_env_list(self):
+            """The names of the pages: visdom 0.3's own asks for the panes of one of them."""
+            return json.loads(self._handle_post(f"{address(port)}/env_state", "{}"))
+
     logging.getLogger("visdom").setLevel(logging.CRITICAL)
     return Client("http://127.0.0.1", port=port, env=env, use_incoming_socket=events, raise_exceptions=True)
 
