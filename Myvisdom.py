@@ -47,7 +47,7 @@ class Page:
             try:
                 assets.ensure()
             except cli.UserError as error:
-                print(f"{error}. All else goes on, and {client.PAGES} keeps what the page would show")
+                print(f"{error}. Training goes on, and {client.PAGES} keeps what the page would show")
             self.server = client.start_server(self.port)
         self._thread.start()
         return self
@@ -237,7 +237,7 @@ def keep_front(port):
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "network", "dataset", "data", "device", "port")
-    parser.add_argument("--explore", action="store_true", help="a page to look inside a network with")
+    parser.add_argument("--explore", action="store_true", help="open a page for looking inside a network")
     image_help = "with --explore: an image file, or a folder of them, to look at; may be given several times"
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image_help)
     args = parser.parse_args(argv)

@@ -396,7 +396,7 @@ def start_or_resume(args, device):
     flag = f"--weights {cli.quote(str(args.out / 'weights.pt'))}"
     flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
     print(f"look inside it: python test_recon_conv5.py {flag}{flags}")
-    print(f"by clicks:      python Myvisdom.py --explore {flag}{flags}")
+    print(f"by clicking:    python Myvisdom.py --explore {flag}{flags}")
     print("its page again: python Myvisdom.py")
 
 

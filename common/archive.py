@@ -34,7 +34,7 @@ def load(folder, places, splits):
                     "name another with --data" if place == folder else "delete it, to have it downloaded"
                 )
                 raise UserError(f"{place} is damaged, or not CIFAR-10's python archive ({reason}): {way_out}")
-            problem = f"{place} is not whole ({reason})"
+            problem = f"{place} is incomplete ({reason})"
     return _read(_download(folder, problem), splits)
 
 
@@ -92,7 +92,7 @@ def _download(folder, problem):
                 file.write(chunk)
                 checksum.update(chunk)
             if checksum.hexdigest() != CIFAR10.tgz_md5:
-                raise ConnectionError("something else came: is there a login page or a proxy?")
+                raise ConnectionError("what came is not the archive: is there a login page or a proxy?")
         except ConnectionError as error:
             way_out = f"start again, put {PACKED} or train/<class>/ and test/<class>/ there"
             raise UserError(

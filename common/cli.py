@@ -82,7 +82,7 @@ def command(main):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            message = "not enough memory for this: end other programs, or choose another --device"
+            message = "not enough memory for this: close other programs, or choose another --device"
         except KeyboardInterrupt:
             message, status = "interrupted", 130
         finally:
@@ -197,8 +197,8 @@ FLAGS = {
         "says, or ImageNet's for 1,000)"),
     "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "
         "(default: 0)"),
-    "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare what "
-        "the network says with; may be given more than once (default: the second most probable)"),
+    "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare with "
+        "the predicted one; may be given more than once (default: the second most probable)"),
     "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
         "for an image also strongest:K, by mean activation (default: %(default)s)"),
     "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "

@@ -101,7 +101,7 @@ def _entries(folder):
         names = sorted(name for name in os.listdir(folder) if name[0] != ".")
         return [folder / name for name in names if name not in ("decoded.pt", "__MACOSX")]
     except OSError as error:
-        reason = "it is a link to nothing" if isinstance(error, FileNotFoundError) else error.strerror
+        reason = "it is a broken link" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(f"the folder {folder} cannot be read ({reason}): fix it, or name another with --data")
 
 
@@ -173,7 +173,7 @@ def _image_folders(root, splits):
     files = {split: _list_images(folders[split], left_out) for split in splits}
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))
-        print(f"left out in {root}: {kinds} (what is read is {READABLE}, in the folders of the classes)")
+        print(f"ignored in {root}: {kinds} (only {READABLE} files in the classes' folders are read)")
     cache, broken, changed = _load_cache(root / "decoded.pt"), {}, False
     for split, labels in files.items():
         known, keys = cache.get(split, {}), [_key(path) for path in labels]

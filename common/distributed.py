@@ -16,7 +16,7 @@ from common.cli import UserError
 
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-PEER_LOST = "another process is gone, torchrun tells which"
+PEER_LOST = "another process has died; torchrun's output says which"
 
 
 @contextlib.contextmanager

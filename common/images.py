@@ -40,9 +40,11 @@ def read_image(path, crop=None):
         if path.is_file():
             return prepare(_decode(path), crop)
         if path.is_symlink() and not path.exists():
-            problem = "it is a link to nothing"
+            problem = "it is a broken link"
         else:
-            problem = "it is a folder" if path.is_dir() else "it is no regular file" if path.exists() else ""
+            problem = (
+                "it is a folder" if path.is_dir() else "it is not a regular file" if path.exists() else ""
+            )
     except UnidentifiedImageError:
         problem, way_out = _foreign_format(path), "convert, replace or remove it"
     except Exception as error:  # decoders raise all kinds

@@ -185,8 +185,8 @@ def describe_control(layer, correlation):
     stages = " and ".join(_random_stages(layer))
     verdict = ""
     if correlation > 0.6:
-        verdict = " So the pattern is mostly the image's own edges, within what the map sees of it."
-    return f"Control, by random weights in {stages}: rank correlation {correlation:.2f}.{verdict}"
+        verdict = " So the pattern mostly shows the image's own edges, within what the map sees of it."
+    return f"Control, with random weights in {stages}: rank correlation {correlation:.2f}.{verdict}"
 
 
 def receptive_field(model, layer):

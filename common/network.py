@@ -82,7 +82,7 @@ def load_network(path, dataset, device, **given):
     model.load_state_dict(state)
     model.eval().to(device, memory_format=memory_format(device))
     trained = f"trained on {saved.get('source')}" if known else (
-        f"{count} classes; taken to see photographs, {about['size']} px, mean {about['mean']}, "
+        f"{count} classes; assuming that it sees photographs, {about['size']} px, mean {about['mean']}, "
         f"std {about['std']}: --mean, --std and --size change that")  # fmt: skip
     print(f"network: {path}, {trained}")
     return Network(model, **about, photographs=not known)

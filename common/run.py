@@ -108,7 +108,7 @@ class Run:
 
     def _check(self, finite, problem):
         if not finite:
-            kept = f"{self.last} has iteration {self.saved_iteration}, from before"
+            kept = f"{self.last} still has the run up to iteration {self.saved_iteration}"
             way_out = "start another with a lower --lr, or with --precision fp32"
             raise UserError(f"{problem}: the run stops; {kept}: {way_out}")
 

@@ -1,6 +1,6 @@
 """What each map of conv5_x is for: the accuracy of every class without it, for each of the maps in turn
-(ablation, as in Morcos et al. 2018, https://arxiv.org/abs/1803.06959), and how many maps nobody would miss.
-Logits are linear in the maps' means, so that one pass over the test set is enough for all.
+(ablation, as in Morcos et al. 2018, https://arxiv.org/abs/1803.06959), and how many can go at little cost.
+Logits are linear in the maps' means, so one pass over the test set is enough for all.
 
 python -m extras.ablation"""
 
@@ -12,9 +12,9 @@ from common.network import network_from_flags
 from common.page.client import save_figure
 
 SHOWN = 20  # maps in the figure
-TEXT = """On the left, a row is a map, a column is a class of the test set, and a number says how many more or
-fewer of a hundred images are right without this map, of {:.2%} with all. Red is a loss: the class relied on
-the map. Where a class gains, the network said another class too readily. On the right, maps are left out one
+TEXT = """On the left, a row is a map and a column a class of the test set; a number is the change of accuracy
+without this map, in percentage points, from {:.2%} for all images. Red is a loss: the class relied on the
+map. Where a class gains, the network said another class too readily. On the right, maps are left out one
 after the other, first those whose absence raises the loss least: {} of {} cost at most a point together."""
 
 

@@ -215,7 +215,7 @@ def test_explorer_opens_at_once_without_data(page, start, free_port, tmp_path):
     (tmp_path / "folder" / "broken.png").write_text("no image", encoding="utf-8")
     explore = start(ROOT / "Myvisdom.py", "--explore", "--image", "own.png", "--image", "folder")
     page.goto(explore)
-    page.get_by_text("Where CIFAR-10 is, this shows test images").wait_for()
+    page.get_by_text("with it, this pane would show test images").wait_for()
     page.locator(CAPTION, has_text="own.png").wait_for()
     image = page.locator(".window select").nth(1)
     names = ["own.png", "blue.png", "broken.png", "a cat", "a horse", "a rocket"]
@@ -280,7 +280,7 @@ def test_click_on_a_mistake_leads_to_its_reason(page, start, run, free_port, tmp
     mistake.click()  # the same window shows it
     reason.locator(CAPTION, has_text=f"test image {number}: {truth};").wait_for()
     reason.get_by_text(f"Why {said} and not {truth}: what each map adds").wait_for()
-    reason.get_by_text("Control, by random weights in conv4_x and conv5_x: rank corr").wait_for()
+    reason.get_by_text("Control, with random weights in conv4_x and conv5_x: rank corr").wait_for()
     options = reason.locator(".window select").nth(1).locator("option")
     wanted = f"test image {number}: {truth}, taken for {said}"
     reason.wait_for_function(

@@ -275,7 +275,7 @@ UNFIT = {  # how a folder is made, in which of its folders the classes are, and 
     "a link to nothing": ("rm -r train/cat; ln -s x train/cat", BOTH, "cifar/train/cat cannot be read .it"),
     "a file": ("rm -r train/cat; touch train/cat", BOTH, "cat cannot be read .Not a directory"),
     "train is a file": ("touch train", ["test"], "cifar/train cannot be read .Not a directory"),
-    "an image links to nothing": ("ln -s x test/dog/2.jpg", BOTH, "dog/2.jpg .*it is a link to nothing"),
+    "an image links to nothing": ("ln -s x test/dog/2.jpg", BOTH, "dog/2.jpg .*it is a broken link"),
     "a class twice": ("mkdir train/Cat", BOTH, "cifar/train has both Cat and cat: make one"),
     "two copies": ("mkdir x; mv t* x; cp -r x y", BOTH, "it has x, y; put .* or name one of x, y with"),
     "images alone": ("touch 1.png", [], "no CIFAR-10 in cifar: it has 1.png; put train/<class>/ and test/"),
@@ -331,7 +331,7 @@ def test_links_and_names_that_lead_nowhere(tmp_path, monkeypatch, no_download):
     os.symlink("nowhere", "data")
     (tmp_path / "text").write_text("text", encoding="utf-8")
     for name, message in {
-        "data": "the folder data cannot be read .it is a link to nothing",
+        "data": "the folder data cannot be read .it is a broken link",
         "data/below": "no folder data/below: name the one",
         "text": "text is damaged, or not CIFAR-10's python archive .*name another with --data",
         "text/below": "no folder text/below: name the one",
@@ -362,7 +362,7 @@ def test_what_is_left_out_is_told(tmp_path, capsys):
     (tmp_path / "test" / "kitten").mkdir()
     assert len(data.load("cifar10", tmp_path).train_images) == 15
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"left out in {tmp_path}: 2 .heic, ") and "what is read is PNG, JPEG" in line
+    assert line.startswith(f"ignored in {tmp_path}: 2 .heic, ") and "(only PNG, JPEG" in line
     for kind in ("1 .txt", "1 without an extension", "1 folders"):
         assert kind in line
 
@@ -450,7 +450,7 @@ def server(monkeypatch, tmp_path):
         "half": r"the connection ended after \d[\d,]* of \d[\d,]* bytes",
         "silent": "timed out",
         "silent half-way": "timed out",
-        "login": "something else came: is there a login page or a proxy",
+        "login": "what came is not the archive: is there a login page or a proxy",
         "error": "HTTP Error 500",
     }.items(),
 )
@@ -476,7 +476,7 @@ def test_download_replaces_the_half_of_an_archive_when_it_is_whole(server, tmp_p
     for part in (server.content[: len(server.content) // 2], server.content[:100], b""):
         (root / PACKED).write_bytes(part)
         server.answers = ["half", "whole"]
-        with pytest.raises(UserError, match=f"{root}/{PACKED} is not whole .*, and its download failed"):
+        with pytest.raises(UserError, match=f"{root}/{PACKED} is incomplete .*, and its download failed"):
             data.load("cifar10", root)
         assert (root / PACKED).read_bytes() == part
         assert len(data.load("cifar10", root).train_images) == 100

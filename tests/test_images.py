@@ -213,8 +213,8 @@ def test_what_is_no_file_is_told(tmp_path):
     os.symlink("nowhere", tmp_path / "link.png")
     os.mkfifo(tmp_path / "pipe.png")  # to open it would wait for ever
     for name, message in {
-        "link.png": "it is a link to nothing",
-        "pipe.png": "it is no regular file",
+        "link.png": "it is a broken link",
+        "pipe.png": "it is not a regular file",
         ".": "it is a folder",
     }.items():
         with pytest.raises(UserError, match=f"cannot be read as an image .{message}"):

@@ -105,7 +105,8 @@ def test_what_weights_lack_is_said(changed, write):
     page = write(changed(strip))
     text = words(page)
     assert (
-        "These weights say nothing of how they came about" in text and "These weights have no history" in text
+        "No training settings are recorded with these weights" in text
+        and "These weights have no history" in text
     )
     assert "no confusion matrix (figure 9.1)" in text and "python train.py --evaluate --weights" in text
     assert "Its accuracy is not recorded" in text and "Table 2" not in text

@@ -196,7 +196,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     kept = len(last(tmp_path)["history"]["loss"])
     assert "not finite" in message or "the loss is" in message
     assert "at learning rate" in message or "after iteration" in message
-    assert f"{tmp_path}/last.pt has iteration {kept}, from before" in message and "lower --lr" in message
+    assert (
+        f"{tmp_path}/last.pt still has the run up to iteration {kept}" in message and "lower --lr" in message
+    )
     assert all(tensor.isfinite().all() for tensor in last(tmp_path)["model"].values())
 
 

@@ -501,7 +501,9 @@ def test_last_line_of_a_figure_script_says_where_its_figures_are(port, run, tmp_
     flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--port", str(port)]
     test_filter.main(flags)
     assert (
-        capsys.readouterr().out.splitlines()[-1].startswith("to see them on a page too: python Myvisdom.py")
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith("to see them in a browser: start python Myvisdom.py")
     )
     page, _ = make(port)
     with page:

@@ -70,7 +70,7 @@ class Explorer:
             return
         with self.lock:
             if event["weights"] and Path(event["weights"]).resolve() != self.weights:
-                text = f"That is a mistake of another network than {html.escape(str(self.weights))}. "
+                text = f"That is a mistake of another network, not of {html.escape(str(self.weights))}. "
                 text += f"To look at it, end this explorer and type<br>{event['command']}"
                 return self.page.text(text, win="Image", opts=dict(title="Image"))
             self.linked = int(event["image"])
@@ -261,7 +261,7 @@ class Explorer:
                     self._list_mistakes()
                     self._draw_responses()
             else:
-                self.say(f"Where CIFAR-10 is, this shows test images. It is not in {args.data}.")
+                self.say(f"There is no CIFAR-10 in {args.data}: with it, this pane would show test images.")
         except cli.UserError as error:
             self.say(f"No test images: {error}")
         except ConnectionError:  # the page has ended

@@ -12,14 +12,14 @@ SILENT = 60  # seconds after which a page that its run no longer draws is that o
 COMMANDS = {
     "python train.py": "train ResNet-18 on CIFAR-10, with live curves here",
     "python train.py --dataset digits": "the same on scikit-learn's digits, in minutes and with no download",
-    "python Myvisdom.py --explore": "look inside a network by clicks, here; also at --image FILE",
+    "python Myvisdom.py --explore": "look inside a network by clicking, here; --image FILE adds a photograph",
     "python test_filter.py": "the filters of conv1",
     "python test_featuremaps.py": "the feature maps of an image",
     "python test_activations.py": "how strongly each map responds",
     "python test_recon_conv1.py": "the pattern that a map of conv1 responded to",
     "python test_recon_conv5.py": "the pattern that a map of conv5_x responded to",
 }
-LINKS = dict(explore="the explorer: look inside a network by clicks", figures="the figures that were drawn")
+LINKS = dict(explore="the explorer: look inside a network by clicking", figures="the figures that were drawn")
 STYLE = "<div style='font-size:14px;line-height:1.75;padding:4px 10px'>"
 
 
