@@ -124,10 +124,8 @@ def save_figure(figure, args, name, bars=None):
     print(path)
     with contextlib.suppress(UserError, ConnectionError, ImportError):  # the file is what counts
         if not is_listening(args.port):
-            port = f" --port {args.port}" if args.port != 8097 else ""
-            print_last(
-                f"to see them in a browser: start python Myvisdom.py{port} in another terminal, then repeat this"
-            )
+            command = "python Myvisdom.py" + (f" --port {args.port}" if args.port != 8097 else "")
+            print_last(f"to see them in a browser: start {command} in another terminal, then repeat this")
             return
         client = connect(args.port, "figures")
         if bars:
