@@ -190,6 +190,7 @@ def test_front_page_is_there_at_any_address_and_after_a_kill(page, start, free_p
         page.goto(address)
         page.get_by_text("No run yet").wait_for()
         page.get_by_text("python test_recon_conv5.py").wait_for()
+    assert page.locator(".btn-success").bounding_box()["y"] < 50  # the toolbar covers no pane
     run, _ = make(free_port, "digits_2026-11-26_09-30-00", dataset="digits")
     with run:
         page.get_by_text("digits_2026-11-26_09-30-00").click()  # without a reload

@@ -35,6 +35,13 @@ def show_front_page():
     web_handlers.IndexHandler.get = lambda handler, path: handler.redirect("/env/main")
 
 
+def keep_toolbar_in_one_row():
+    """Makes the toolbar of visdom 0.3 fit into 1280 px: its second row would hide a part of the panes."""
+    render = web_handlers.EnvHandler.render_string
+    style = b"<style>.rc-tree-select {width: 25vw !important}</style>"
+    web_handlers.EnvHandler.render_string = lambda *args, **fields: render(*args, **fields) + style
+
+
 def open_in_explorer(handler):
     """Answers the link of a mistake: an explorer that runs is told to open that image, by an event as those
     that the browser sends it; where none runs, the answer is what to type."""
@@ -67,6 +74,7 @@ def serve(port, path):
     os.makedirs(path, exist_ok=True)
     set_aside_damaged(path)
     show_front_page()
+    keep_toolbar_in_one_row()
     logging.disable()  # else the web framework tells on the terminal what it could not answer
     app.tornado_settings["autoreload"] = False  # else an edit to any module would restart it, empty
 
