@@ -25,22 +25,22 @@ def strongest(network, images, batch=25, progress=bar, precision="auto"):
     """For each stage: (values [maps, 9], images [maps, 9], positions [maps, 9] in the flattened map, the
     strongest first; mean activations [maps, N]) over all `images`, uint8 [N, 3, S, S] or `Photographs`.
     `progress` gets the batches and yields each again; `precision` is one that `select_precision` takes."""
-    found = {stage: [] for stage in inside.STAGES}
+    nine, means = {}, {stage: [] for stage in inside.STAGES}
     device = network.model.fc.weight.device
     precision = select_precision(precision, device)
-    for part in progress(DataLoader(images, batch)):
+    for part, start in zip(progress(DataLoader(images, batch)), range(0, len(images), batch)):
         with autocast(device, precision):
             stages = inside.feature_maps(network.model, network.preprocess(part), *inside.STAGES)
         for stage, maps in zip(inside.STAGES, stages):
             peaks, positions = F.adaptive_max_pool2d(maps, 1, return_indices=True)
-            means = maps.mean((2, 3), dtype=torch.float32)
-            tensors = peaks.float().flatten(1), positions.flatten(1), means
-            found[stage].append([tensor.T.cpu() for tensor in tensors])
-    for stage, parts in found.items():
-        peaks, positions, means = (torch.cat(tensors, 1) for tensors in zip(*parts))  # [maps, N] each
-        values, indices = peaks.topk(min(9, len(images)))
-        found[stage] = values, indices, positions.gather(1, indices), means
-    return found
+            peaks, positions = peaks.float().flatten(1).T.cpu(), positions.flatten(1).T.cpu()
+            indices = torch.arange(start, start + len(part)).expand_as(positions)
+            new = peaks, indices, positions  # [maps, B] each, put beside the nine until then
+            candidates = [torch.cat(pair, 1) for pair in zip(nine[stage], new)] if stage in nine else new
+            order = candidates[0].topk(min(9, candidates[0].shape[1])).indices
+            nine[stage] = [tensor.gather(1, order) for tensor in candidates]
+            means[stage].append(maps.mean((2, 3), dtype=torch.float32).T.cpu())
+    return {stage: (*nine[stage], torch.cat(means[stage], 1)) for stage in inside.STAGES}
 
 
 def cached_strongest(network, images, **options):
