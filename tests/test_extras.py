@@ -209,7 +209,7 @@ def test_a_control_is_the_pattern_of_random_upper_stages(network, layer, stages,
 
 
 def test_a_verdict_is_given_only_above_its_limit():
-    verdict = "mostly the image's own edges"
+    verdict = "mostly shows the image's own edges"
     assert verdict in inside.describe_control("conv5_x", 0.61)
     assert verdict not in inside.describe_control("conv5_x", 0.6)
     assert "random weights in conv4_x and conv5_x: rank" in inside.describe_control("conv5_x.block1", 0.1)
