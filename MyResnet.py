@@ -11,7 +11,6 @@ from collections import Counter, OrderedDict
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 class BasicBlock(nn.Module):
@@ -87,8 +86,7 @@ def to_torchvision(state_dict):
 
 def from_torchvision(state_dict):
     """The state dict of a `torchvision.models.resnet18`, renamed for `ResNet18`; same tensors."""
-    with torch.device("meta"):  # names only: nothing is allocated or computed
-        names = {torchvision_name(name): name for name in ResNet18().state_dict()}
+    names = {torchvision_name(name): name for name in ResNet18().state_dict()}
     return {names.get(name, name): tensor for name, tensor in state_dict.items()}
 
 
@@ -104,8 +102,9 @@ KERNELS = {  # how the paper's table writes them
 def table(size=224, num_classes=10):
     """The rows of the paper's table, for one size×size image: (stage, output size, kernels, parameters,
     multiply-adds)."""
-    with torch.device("meta"):  # shapes only: nothing is allocated or computed
-        model, x = ResNet18(num_classes).eval(), torch.empty(1, 3, size, size)
+    from torch.utils.flop_counter import FlopCounterMode  # needs 80 MB of memory: only where it is used
+
+    model, x = ResNet18(num_classes).eval(), torch.zeros(1, 3, size, size)
     for name, stage in model.named_children():
         with FlopCounterMode(display=False) as counter:
             x = stage(x)

@@ -65,7 +65,9 @@ def _decode(path):
             orientation = None
         if image.mode.startswith(("I", "F")):
             image = _to_8_bits(image)
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        if image.mode != mode:  # otherwise `convert` would copy it
+            image = image.convert(mode)
     image.info.clear()
     if orientation in range(2, 9):
         image.getexif()[ExifTags.Base.Orientation] = orientation
@@ -134,9 +136,10 @@ def prepare(image, crop=None):
     """A PIL image in mode RGB or RGBA as uint8 [3, 32, 32] or [3, crop, crop], as `read_image` says. For a
     `crop` of 224 the shorter side becomes 256, as in what torchvision's ImageNet weights come with."""
     if crop:
-        from torchvision.transforms import functional  # takes a second to import
-
-        image = functional.center_crop(functional.resize(image, round(crop * 256 / 224)), crop)
+        side, shorter = round(crop * 256 / 224), min(image.size)
+        image = image.resize([side * length // shorter for length in image.size], Image.Resampling.BILINEAR)
+        left, top = (round((length - crop) / 2) for length in image.size)
+        image = image.crop((left, top, left + crop, top + crop))
     elif image.size != (SIDE, SIDE):
         image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BILINEAR)
     if image.mode == "RGBA":

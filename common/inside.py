@@ -1,6 +1,5 @@
 """Looking inside a trained network: the feature maps of an image, what they responded to, and where."""
 
-import copy
 from contextlib import ExitStack
 from itertools import combinations
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from common.cli import UserError
+from common.device import memory_format
 from MyResnet import ResNet18
 
 STAGES = "conv1 conv2_x conv3_x conv4_x conv5_x".split()  # the layers that have feature maps
@@ -140,25 +140,29 @@ def reconstruct(model, x, layer, channel, method="guided", unit="map"):
 
 
 def randomize(model, stages, seed=0):
-    """A copy of the network with those stages as before training."""
+    """The network with those stages as before training; it shares the others with `model`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, new = copy.deepcopy(model), ResNet18(model.fc.out_features)
-    for stage in stages:
-        model.get_submodule(stage).load_state_dict(new.get_submodule(stage).state_dict())
-    return model.eval()
+        new = ResNet18(model.fc.out_features)
+    trained = {name: of for name, of in model.state_dict().items() if name.partition(".")[0] not in stages}
+    new.load_state_dict(trained, strict=False, assign=True)
+    weight = model.fc.weight
+    return new.eval().to(weight.device, weight.dtype, memory_format=memory_format(weight.device))
 
 
 def rank_correlation(pattern, other):
     """Spearman's, of the magnitudes of two patterns [3, H, W], summed over the colours, where one of them is
     not 0: 1 for the same, and 0 if one of them is empty, or the same everywhere."""
-    from scipy.stats import spearmanr  # takes a second to import: not at every start
 
-    a, b = pattern.detach().abs().sum(0).cpu(), other.detach().abs().sum(0).cpu()
+    def ranks(values):  # equal values share the mean of their ranks
+        _, groups, sizes = values.unique(return_inverse=True, return_counts=True)
+        return (sizes.cumsum(0) - (sizes.double() - 1) / 2)[groups]
+
+    a, b = (of.detach().abs().sum(0).cpu() for of in (pattern, other))
     seen = (a > 0) | (b > 0)
     if len(a[seen].unique()) < 2 or len(b[seen].unique()) < 2:  # there is nothing to rank
         return 0.0
-    return float(spearmanr(a[seen], b[seen]).statistic)
+    return float(torch.corrcoef(torch.stack([ranks(a[seen]), ranks(b[seen])]))[0, 1])
 
 
 def control(model, x, pattern, layer, channel, method="guided", unit="map"):

@@ -25,8 +25,8 @@ def read(path):
     prefix = next((name.removesuffix("fc.weight") for name in found if name.endswith("fc.weight")), "")
     found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     classes = max(1, found["fc.bias"].numel()) if "fc.bias" in found else 10
-    with torch.device("meta"):  # shapes only
-        expected = ResNet18(classes).state_dict()
+    expected = {name: tensor.shape for name, tensor in ResNet18(1).state_dict().items()}
+    expected |= {name: (classes, *expected[name][1:]) for name in ("fc.weight", "fc.bias")}
     theirs = "conv1.conv.weight" not in found  # torchvision's names
     names = dict(zip(to_torchvision(expected) if theirs else expected, expected))
     if difference := _difference(found, names, expected):
@@ -79,15 +79,15 @@ def _state_dict(content, depth=3):
 
 
 def _difference(found, names, expected):
-    """How the tensors `found` differ from those `expected`, whose `names` there map to ours; "" if they are
+    """How the tensors `found`, whose `names` map to ours, differ from the shapes `expected`; "" if they are
     those of a ResNet-18."""
 
-    def shape(tensor):
-        return "×".join(map(str, tensor.shape)) or "a number"
+    def words(shape):
+        return "×".join(map(str, shape)) or "a number"
 
     for name, ours in names.items():
         if name not in found and not name.endswith("num_batches_tracked"):
             return f"it has no {name}"
-        if name in found and found[name].shape != expected[ours].shape:
-            return f"{name} is {shape(found[name])}, not {shape(expected[ours])}"
+        if name in found and found[name].shape != expected[ours]:
+            return f"{name} is {words(found[name].shape)}, not {words(expected[ours])}"
     return next((f"it also has {name}" for name in found if name not in names), "")
