@@ -65,9 +65,7 @@ def _decode(path):
             orientation = None
         if image.mode.startswith(("I", "F")):
             image = _to_8_bits(image)
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        if image.mode != mode:  # otherwise `convert` would copy it
-            image = image.convert(mode)
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.info.clear()
     if orientation in range(2, 9):
         image.getexif()[ExifTags.Base.Orientation] = orientation

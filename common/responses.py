@@ -25,7 +25,7 @@ def strongest(network, images, batch=25, progress=bar, precision="auto"):
     """For each stage: (values [maps, 9], images [maps, 9], positions [maps, 9] in the flattened map, the
     strongest first; mean activations [maps, N]) over all `images`, uint8 [N, 3, S, S] or `Photographs`.
     `progress` gets the batches and yields each again; `precision` is one that `select_precision` takes."""
-    nine, means = {}, {stage: [] for stage in inside.STAGES}
+    nine, means = {}, {}
     device = network.model.fc.weight.device
     precision = select_precision(precision, device)
     for part, start in zip(progress(DataLoader(images, batch)), range(0, len(images), batch)):
@@ -39,8 +39,10 @@ def strongest(network, images, batch=25, progress=bar, precision="auto"):
             candidates = [torch.cat(pair, 1) for pair in zip(nine[stage], new)] if stage in nine else new
             order = candidates[0].topk(min(9, candidates[0].shape[1])).indices
             nine[stage] = [tensor.gather(1, order) for tensor in candidates]
-            means[stage].append(maps.mean((2, 3), dtype=torch.float32).T.cpu())
-    return {stage: (*nine[stage], torch.cat(means[stage], 1)) for stage in inside.STAGES}
+            if not start:  # room for all at once: many small tensors between large ones would fill the memory
+                means[stage] = torch.empty(maps.shape[1], len(images))
+            means[stage][:, indices[0]] = maps.mean((2, 3), dtype=torch.float32).T.cpu()
+    return {stage: (*nine[stage], means[stage]) for stage in inside.STAGES}
 
 
 def cached_strongest(network, images, **options):
