@@ -37,7 +37,7 @@ def strongest(network, images, batch=25, progress=bar, precision="auto"):
             indices = torch.arange(start, start + len(part)).expand_as(positions)
             new = peaks, indices, positions  # [maps, B] each, put beside the nine until then
             candidates = [torch.cat(pair, 1) for pair in zip(nine[stage], new)] if stage in nine else new
-            order = candidates[0].topk(min(9, candidates[0].shape[1])).indices
+            order = candidates[0].argsort(descending=True, stable=True)[:, :9]  # of equals the first image
             nine[stage] = [tensor.gather(1, order) for tensor in candidates]
             if not start:  # room for all at once: many small tensors between large ones would fill the memory
                 means[stage] = torch.empty(maps.shape[1], len(images))

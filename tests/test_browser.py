@@ -143,7 +143,7 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     by_class = page.locator(".window", has=page.get_by_text("By class", exact=True))
     by_class.wait_for()  # in the background, from all 360 test images
     nine = page.locator(".window", has=page.get_by_text(f"What map {number} responds to most"))
-    found = responses.strongest(network, test_images)["conv5_x"]
+    found = responses.strongest(network, test_images, batch=8)["conv5_x"]
     labels = data.load("digits", "").test_labels
     expected = [f"{labels[index]}, {value:.2f}" for index, value in zip(found[1][number], found[0][number])]
     assert [line for line in nine.inner_text().splitlines() if ", " in line] == expected
