@@ -93,7 +93,7 @@ def parse(argv):
     add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
     add("--evaluate", action="store_true", help="evaluate --weights and train nothing")
     add("--accumulate", type=whole, default=1, metavar="K", help="take each batch in K parts, to save memory")
-    add("--sync-bn", action="store_true", help="with torchrun on CUDA: batch norms see the whole batch")
+    add("--sync-bn", action="store_true", help="batch norms see the whole batch (with torchrun on CUDA only)")
     add("--no-visdom", action="store_true", help="no live page")
     args = parser.parse_args(argv)
     if args.weights and not args.evaluate:

@@ -181,7 +181,7 @@ def number(kind, low, high=math.inf):
 
 FLAGS = {
     "data": dict(default="data", metavar="DIR", help="where CIFAR-10 is: its python archive, or images as "
-        "train/<class>/* and test/<class>/* (default: data, downloaded when missing)"),
+        "train/<class>/* and test/<class>/* (default: data; what needs all of it downloads it there)"),
     "dataset": dict(default="cifar10", choices=["cifar10", "digits"], help="digits: the 1,797 handwritten "
         "digits of scikit-learn, to try everything with no download (default: cifar10)"),
     "weights": dict(metavar="FILE", help="the trained network: what train.py wrote, any ResNet-18 of "
@@ -200,7 +200,7 @@ FLAGS = {
     "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare with "
         "the predicted one; may be given more than once (default: the second most probable)"),
     "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
-        "for an image also strongest:K, by mean activation (default: %(default)s)"),
+        "or strongest:K, by mean activation in the image (default: %(default)s)"),
     "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "
         "the signal back (default: guided)"),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),

@@ -1,6 +1,6 @@
 """What each map of conv5_x is for: the accuracy of every class without it, for each of the maps in turn
-(ablation, as in Morcos et al. 2018, https://arxiv.org/abs/1803.06959), and how many can go at little cost.
-Logits are linear in the maps' means, so one pass over the test set is enough for all.
+(ablation, as in Morcos et al. 2018, https://arxiv.org/abs/1803.06959), and how many can be left out
+at little cost. Logits are linear in the maps' means, so one pass over the test set is enough for all.
 
 python -m extras.ablation"""
 
@@ -72,7 +72,7 @@ def main(argv=None):
     losses, labels = (table[0, 1:] - table[1:, 1:]).max(1)
     for n in losses.argsort(descending=True)[:5].tolist():
         (without, whole), name = table[[1 + n, 0], 1 + labels[n]], classes[labels[n]]
-        print(f"without map {n}: {name} {without:.1%}, not {whole:.1%}")
+        print(f"without map {n}: {name} {without:.1%} instead of {whole:.1%}")
     print(line)
 
 

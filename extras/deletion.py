@@ -1,6 +1,6 @@
-"""Which evidence to believe: how fast the probability of the class that the network says falls as the pixels
-with the most evidence for it are blurred away, against pixels in random order (the deletion curve of Petsiuk
-et al. 2018, https://arxiv.org/abs/1806.07421).
+"""Which evidence to believe: how fast the probability of the predicted class falls as the pixels with the
+most evidence for it are blurred away, compared with a random order (the deletion curve of Petsiuk et al.
+2018, https://arxiv.org/abs/1806.07421).
 
 python -m extras.deletion"""
 
@@ -16,8 +16,8 @@ from extras.attribution import METHODS
 STEPS = 16  # in which all pixels are blurred
 TEXT = """Each method orders the pixels of an image by their evidence for the class that the network says, and
 they are blurred in that order. If it finds what the network relies on, the probability falls early, and the
-area under the curve is small. A method is to be believed as far as its curve is below the dashed one, where
-the order is random. Curves are means; ± is the standard deviation of the area among images."""
+area under the curve is small. The further its curve lies below the dashed one, whose order is random, the
+more a method can be trusted. Curves are means; ± is the standard deviation of the area among images."""
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def draw(curves):
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "network", "dataset", "data", "out", "device", "port")
-    parser.add_argument("--count", type=cli.number(int, 1), default=100, metavar="N", help="default: 100")
+    parser.add_argument("--count", type=cli.number(int, 1), default=100, help="test images (default: 100)")
     args = parser.parse_args(argv)
     network = network_from_flags(args)
     images = data.load(args.dataset, args.data, network.classes, ["test"]).test_images[: args.count]

@@ -39,7 +39,7 @@ def draw(network, image, name, x, names=(), layer="conv5_x"):
 def main(argv=None):
     flags = "network", "dataset", "data", "image", "class", "out", "device", "port"
     parser = cli.parser(__doc__, *flags)
-    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
+    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
     args = parser.parse_args(argv)
     end = "" if args.layer == "conv5_x" else f"_{args.layer}"
     save_figure(draw(*from_flags(args), args.names, args.layer), args, f"gradcam{end}.png")

@@ -75,7 +75,7 @@ def maximize(network, layer, channel, steps=200, seed=0):
 def main(argv=None):
     parser = cli.parser(__doc__, "network", "dataset", "data", "map", "out", "device", "port", map="0")
     add = parser.add_argument
-    add("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
+    add("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
     whole = cli.number(int, 0, 2**31)
     add("--seed", type=whole, default=0, metavar="N", help="seed of the noise (default: 0)")
     add("--steps", type=cli.number(int, 1), default=200, metavar="N", help="steps of ascent (default: 200)")

@@ -26,7 +26,7 @@ def similarity(pattern, other):
 @cli.command
 def main(argv=None):
     parser = cli.parser(__doc__, "network", "dataset", "data", "image", "map", "out", "device", "port")
-    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
+    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
     args = parser.parse_args(argv)
     network, _, name, x = from_flags(args)
     (maps,) = inside.feature_maps(network.model, x, args.layer)

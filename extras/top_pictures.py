@@ -16,7 +16,7 @@ from common.page.client import save_figure
 def main(argv=None):
     flags = "network", "dataset", "data", "map", "method", "out", "device", "port"
     parser = cli.parser(__doc__, *flags, map="0")
-    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="default: conv5_x")
+    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
     args = parser.parse_args(argv)
     network = network_from_flags(args)
     if network.photographs:

@@ -1,4 +1,4 @@
-"""Reads thousands of damaged image files: each must give an image, or one line that names the file, no more.
+"""Reads 100,000 damaged image files: each must give an image, or one line that names the file, no more.
 python -m tests.fuzz_images"""
 
 import collections
