@@ -7,6 +7,7 @@ import re
 import captum.attr
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from PIL import Image
@@ -435,7 +436,7 @@ def test_deletion_blurs_what_has_most_evidence_first(network):
         {"right": torch.stack((right, right)), "random order": torch.stack((wrong, wrong))}
     ).values()
     assert area < other and spread == 0 and share == 1 and same == 0
-    assert area == pytest.approx(float(np.trapezoid(right.numpy(), dx=1 / 16)), abs=1e-6)
+    assert area == pytest.approx(float(scipy.integrate.trapezoid(right.numpy(), dx=1 / 16)), abs=1e-6)
 
 
 def test_deletion_draws_and_writes_its_table(flags, tmp_path, capsys):
