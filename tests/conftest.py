@@ -13,6 +13,7 @@ from torch import nn
 
 import train
 from common import data
+from common.page import client
 from common.run import Run
 
 # What a shell started in the background ignores Ctrl-C, and so would all that the tests start.
@@ -39,6 +40,13 @@ def image_folders(tmp_path_factory):
 def no_curves(monkeypatch):
     """Drawing them after each epoch takes longer than these epochs; those of `run` are drawn."""
     monkeypatch.setattr(Run, "_draw_curves", lambda run: None)
+
+
+@pytest.fixture(autouse=True)
+def no_page_of_somebody(monkeypatch):
+    """What is open on the default port is not ours: no figure goes there."""
+    is_listening = client.is_listening
+    monkeypatch.setattr(client, "is_listening", lambda port: port != 8097 and is_listening(port))
 
 
 @pytest.fixture
