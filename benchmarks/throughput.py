@@ -126,7 +126,7 @@ def measure(pipeline, processes=1, **options):
 
 def spread(values):
     """The median of some values, and their range."""
-    return f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})".ljust(24)
+    return f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})".ljust(28)
 
 
 @cli.command
@@ -155,7 +155,7 @@ def main(argv=None):
         runs.append((project, job))
         results = np.array([[measure(pipeline, **options) for pipeline, options in runs] for _ in rounds])
         plain, tuned, new = np.median(results, 0)  # of [rounds, runs, parts]
-        print(f"\n{f'{size} px':<22}{'baseline':<24}{'tuned baseline':<24}{'project':<24}against each")
+        print(f"\n{f'{size} px':<22}{'baseline':<28}{'tuned baseline':<28}{'project':<28}against each")
         for i, part in enumerate(("training   images/s", "evaluation images/s", "memory     peak GB")):
             columns = "".join(spread(values) for values in results[:, :, i].T)
             print(f"  {part:<20}{columns}{new[i] / plain[i]:.2f}×, {new[i] / tuned[i]:.2f}×", flush=True)

@@ -13,7 +13,8 @@ from torch import nn
 
 import train
 from common import data
-from common.page import client
+from common.cli import UserError
+from common.page import assets, client
 from common.run import Run
 
 # What a shell started in the background ignores Ctrl-C, and so would all that the tests start.
@@ -58,6 +59,16 @@ def small_network(monkeypatch):
         return nn.Sequential(*convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
 
     monkeypatch.setattr("common.run.ResNet18", network)
+
+
+@pytest.fixture(scope="session")
+def page_files():
+    """For what `python Myvisdom.py` serves: the files of visdom's page, which a machine without web and npm
+    cannot have."""
+    try:
+        assets.ensure()
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

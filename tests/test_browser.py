@@ -16,9 +16,8 @@ from test_visdom import make, panes, wait_for
 
 import test_activations
 from common import data, inside, responses
-from common.cli import UserError
 from common.network import load_network
-from common.page import assets, client
+from common.page import client
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -36,13 +35,9 @@ PANES = """() => Object.fromEntries([...document.querySelectorAll('.window')].ma
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(page_files):
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine")
-    try:
-        assets.ensure()
-    except UserError as error:
-        pytest.skip(str(error))
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         yield browser
@@ -53,9 +48,7 @@ def browser():
 def page(browser):
     """A window of 1280×800 in which no error may happen."""
     page, errors = browser.new_page(viewport=dict(width=1280, height=800)), []
-    page.context.set_default_timeout(
-        180_000
-    )  # ms: no wait is a guess, each ends when what it waits for is there
+    page.context.set_default_timeout(180_000)  # ms: each wait ends when what it waits for is there
     page.on("pageerror", lambda error: errors.append(str(error)))
 
     def note(message):

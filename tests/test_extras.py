@@ -450,7 +450,7 @@ def test_deletion_draws_and_writes_its_table(flags, tmp_path, capsys):
 
 
 def test_evaluation_writes_the_mistakes(run, flags, tmp_path):
-    train.main(["--evaluate", *flags, "--precision", "fp32"])
+    train.main(["--evaluate", *flags, "--device", "cpu", "--precision", "fp32"])
     network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
     images, labels = data.load("digits", "")[2:4]
     with torch.no_grad():

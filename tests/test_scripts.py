@@ -47,7 +47,7 @@ def test_script_writes_its_figures_and_names_them(script, run, tmp_path, capsys)
 
 def test_column_charts_name_the_strongest_map(run, tmp_path, capsys):
     flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--image", "7"]
-    test_activations.main([*flags, "--out", str(tmp_path)])
+    test_activations.main([*flags, "--device", "cpu", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
     x = network.preprocess(data.load("digits", "").test_images[7])

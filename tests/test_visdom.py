@@ -127,10 +127,16 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         history["epochs"].append(ROW)
     assert page.server.poll() is not None and not client.is_listening(port)
 
+
+def test_saved_page_is_served_again(port, page_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, history = make(port)
+    with page:
+        history["epochs"] += [ROW, ROW]
     again = subprocess.Popen([sys.executable, Path(Myvisdom.__file__), "--port", str(port)])
     try:
         drawn = wait_for(lambda: panes(port, "mine"))
-        assert len(points(drawn["Train Loss"])) == 4 and "finished" in drawn["Run"]["content"]
+        assert len(points(drawn["Train Loss"])) == 2 and "finished" in drawn["Run"]["content"]
         assert Myvisdom.main(["--port", str(port)]) is None  # says that it is there already
         page, _ = make(port, "other")
         with page:
@@ -561,7 +567,7 @@ def test_server_starts_without_what_takes_seconds_to_import():
     assert result.stdout.strip() == "{'visdom'}", result.stderr
 
 
-def test_server_tells_the_terminal_nothing_of_its_framework(port, tmp_path):
+def test_server_tells_the_terminal_nothing_of_its_framework(port, page_files, tmp_path):
     command = [sys.executable, Path(Myvisdom.__file__), "--port", str(port)]
     with open(tmp_path / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
@@ -582,6 +588,7 @@ def test_server_tells_the_terminal_nothing_of_its_framework(port, tmp_path):
 
 def test_folder_of_the_pages_that_cannot_be_made_is_told(port, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assets, "ensure", lambda: None)
     (tmp_path / "runs").touch()
     with pytest.raises(SystemExit):
         Myvisdom.main(["--port", str(port)])
