@@ -196,11 +196,11 @@ FLAGS = {
     "classes": dict(metavar="FILE", help="the names of the classes, one a line (default: what --weights "
         "says, or ImageNet's for 1,000)"),
     "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "
-        "(default: 0)"),
+        "(default: 0, or without CIFAR-10 a photograph of a cat)"),
     "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare with "
         "the predicted one; may be given more than once (default: the second most probable)"),
     "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
-        "or strongest:K, by mean activation in the image (default: %(default)s)"),
+        "or, of one image, strongest:K by mean activation (default: %(default)s)"),
     "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "
         "the signal back (default: guided)"),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),

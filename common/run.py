@@ -207,11 +207,8 @@ def locked(out):
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another run is writing to {out}: let it end, or choose another --out")
-    except (
-        OSError,
-        NotImplementedError,
-    ):  # there are no locks, or nothing can be written: the first save tells
-        pass
+    except (OSError, NotImplementedError):
+        pass  # there are no locks, or nothing can be written: the first save tells
     try:
         for name in FILES:
             for leftover in out.glob(f"{name}.*.tmp"):
