@@ -2,7 +2,7 @@
 
 python train.py                        the default recipe, to runs/cifar10
 python train.py --resume               continue it where it stopped
-python train.py --recipe quick         a shorter one, which begins with images of 128×128
+python train.py --recipe quick         a shorter one, which begins with images of 112×112
 python train.py --recipe assignment    the report's own recipe
 python train.py --init imagenet        start from ImageNet's weights, or from any other ResNet-18's
 python train.py --dataset digits       try it all in two minutes, with no download
@@ -44,7 +44,7 @@ STANDARD = dict(
 )
 RECIPES = {
     "standard": STANDARD,
-    "quick": STANDARD | dict(epochs=5, sizes={128: 0.6, 224: 0.4}, muon_lr_factor=0.3),
+    "quick": STANDARD | dict(epochs=5, sizes={112: 0.6, 224: 0.4}, muon_lr_factor=0.3),
     "digits": STANDARD  # small batches, since there are only 1,437 images
     | dict(epochs=7, batch_size=32, sizes={40: 1.0}, lr=0.013, muon_lr_factor=None, shift=2, flip=False),
     "assignment": dict(  # what the report did
