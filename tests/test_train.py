@@ -317,7 +317,7 @@ def test_weights_tell_the_size_they_were_last_trained_at(tmp_path, monkeypatch, 
     flags += "--precision fp32"
     train.main([*flags.split(), "--out", str(tmp_path)])
     # asked when the first epoch is evaluated; the second; then each set at the end
-    assert saved_sizes == [None, 128, 224, 224]
+    assert saved_sizes == [None, 112, 224, 224]
     with open(tmp_path / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["last_size_accuracy"] == "" and rows[1]["last_size_accuracy"] == rows[1]["test_accuracy"]
