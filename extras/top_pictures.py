@@ -18,6 +18,8 @@ def main(argv=None):
     parser = cli.parser(__doc__, *flags, map="0")
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
     args = parser.parse_args(argv)
+    if args.map.startswith("strongest"):  # that is of one image
+        raise cli.UserError("--map takes a number here, or several as 7,43")
     network = network_from_flags(args)
     if network.photographs:
         everything = Photographs(args.data, network.crop)

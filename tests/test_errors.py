@@ -196,6 +196,7 @@ WRONG = [
     (maximize, f"--seed {10**20}", f"--seed: {10**20} is not from 0 to {2**31}"),
     (maximize, "--weights run/weights.pt --data good", "are for other classes than those of cifar10"),
     (maximize, f"{DIGITS} --map strongest:3", "--map takes a number here, or several as 7,43"),
+    (top_pictures, f"{DIGITS} --map strongest:3", "--map takes a number here, or several as 7,43"),
     (gradcam, f"{DIGITS} --class cat", "no class 'cat': --class takes 0, 1"),
     (sanity_check, f"{DIGITS} --layer top", "--layer"),
     (Myvisdom, "--port 70000", "--port"),
