@@ -81,9 +81,12 @@ def choose_classes(probabilities, classes, names):
     return list(dict.fromkeys([order[0], *([classes.index(name) for name in names] or order[1:2])]))
 
 
-def choose_maps(maps, selection):
-    """Channels of `maps`, [1, channels, h, w], for --map "7", "7,43", "strongest:3". Raises `UserError`."""
+def choose_maps(maps, selection, one_image=True):
+    """Channels of `maps`, [1, channels, h, w], for --map "7", "7,43" or, where a script looks at
+    `one_image`, "strongest:3". Raises `UserError`."""
     kind, _, count = selection.partition(":")
+    if kind == "strongest" and not one_image:
+        raise UserError("--map takes a number here, or several as 7,43")
     if kind == "strongest" and count.isdecimal() and len(count) < 10 and 0 < int(count) <= maps.shape[1]:
         return mean_activations(maps).argsort(descending=True)[: int(count)].tolist()
     if not all(number.isdecimal() and len(number) < 10 for number in selection.split(",")):

@@ -80,15 +80,13 @@ def main(argv=None):
     add("--seed", type=whole, default=0, metavar="N", help="seed of the noise (default: 0)")
     add("--steps", type=cli.number(int, 1), default=200, metavar="N", help="steps of ascent (default: 200)")
     args = parser.parse_args(argv)
-    if args.map.startswith("strongest"):  # that is of one image
-        raise cli.UserError("--map takes a number here, or several as 7,43")
     device = select_device(args.device)
     if device.type == "mps":  # https://github.com/pytorch/pytorch/pull/169143: no gradient of grid_sample
         device = torch.device("cpu")
     network = network_from_flags(args, device)
     black = network.preprocess(torch.zeros(3, data.SIDE, data.SIDE, dtype=torch.uint8))
     (maps,) = inside.feature_maps(network.model, black, args.layer)
-    channels = inside.choose_maps(maps, args.map)  # an error before the long search
+    channels = inside.choose_maps(maps, args.map, one_image=False)  # an error before the long search
     best = None
     if not network.photographs and (args.data != "data" or data.is_present(args.dataset, args.data)):
         dataset = data.load(args.dataset, args.data, network.classes, ["test"])

@@ -18,8 +18,6 @@ def main(argv=None):
     parser = cli.parser(__doc__, *flags, map="0")
     parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
     args = parser.parse_args(argv)
-    if args.map.startswith("strongest"):  # that is of one image
-        raise cli.UserError("--map takes a number here, or several as 7,43")
     network = network_from_flags(args)
     if network.photographs:
         everything = Photographs(args.data, network.crop)
@@ -29,10 +27,10 @@ def main(argv=None):
         everything, labels = dataset.test_images, dataset.test_labels.tolist()
         name_of = lambda index: network.classes[labels[index]]  # noqa: E731
     (maps,) = inside.feature_maps(network.model, network.preprocess(everything[0]), args.layer)
-    inside.choose_maps(maps, args.map)  # an error before the long search
+    inside.choose_maps(maps, args.map, one_image=False)  # an error before the long search
     batch = 4 if network.photographs else 25  # photographs are many and large: they must not fill the memory
     found = responses.cached_strongest(network, everything, batch=batch)[args.layer]
-    for channel in inside.choose_maps(maps, args.map):
+    for channel in inside.choose_maps(maps, args.map, one_image=False):
         figure = draw(network, everything, name_of, found, args.layer, channel, args.method)
         save_figure(figure, args, f"top_pictures_{args.layer}_map{channel}.png")
 
