@@ -1,7 +1,7 @@
 """The data sets: finding them, and making batches of them on the device.
 
 The way of an image: uint8 [N, 3, 32, 32] on the device → crop, flip → float, normalise → resize to the step's
-size → change contrast, brightness → network."""
+size → network."""
 
 import collections
 import contextlib
@@ -306,28 +306,20 @@ class Batch(NamedTuple):
     top: torch.Tensor  # int64 [B], pixels: where the crop begins
     left: torch.Tensor
     flip: torch.Tensor  # bool [B]
-    contrast: torch.Tensor  # float32 [B]: normalised values are multiplied by it
-    brightness: torch.Tensor  # float32 [B]: and then this is added to them
 
 
-def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, jitter=0, device="cpu"):
+def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, device="cpu"):
     """The batches of an epoch over `n` images, shuffled; a last, smaller one is left out unless it is the
     only one. All is drawn at once from (seed, epoch), so that any step can be done again, on any device.
 
-    A crop is off centre by up to `shift` pixels each way. With `flip`, a random half of the images is flipped
-    in the first epoch, the other half in the second, and so on by turns, so that two epochs show each image
-    both ways (alternating flip, Jordan 2024, https://arxiv.org/abs/2404.00498). Contrast changes by up to the
-    share `jitter`, and brightness by up to that share of a standard deviation."""
+    A crop is off centre by up to `shift` pixels each way, and half of them are flipped if `flip`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     steps, batch_size = max(1, n // batch_size), min(n, batch_size)
     indices = torch.randperm(n, generator=generator)[: steps * batch_size]
     places = torch.rand(2, len(indices), generator=generator)  # of all possible ones, 0 … 1
-    contrast, brightness = jitter * (2 * torch.rand(2, len(indices), generator=generator) - 1)
-    once = torch.Generator().manual_seed(seed * 1_000_003 - 1)  # as no epoch's
-    flips = (torch.rand(n, generator=once)[indices] < 0.5) ^ (epoch % 2 == 1) if flip else indices < 0
+    flips = torch.rand(len(indices), generator=generator) < (0.5 if flip else 0)
     top, left = (places * (2 * shift + 1)).long() - shift
-    fields = indices, top, left, flips, 1 + contrast, brightness
-    parts = (part.to(device).split(batch_size) for part in fields)
+    parts = (part.to(device).split(batch_size) for part in (indices, top, left, flips))
     return [Batch(*batch) for batch in zip(*parts)]
 
 
@@ -351,8 +343,3 @@ def normalize_and_resize(images, size, mean, std):
     for channel in range(3):  # by plain numbers: a tensor of them would make a GPU wait for its copy
         x[:, channel] = (x[:, channel] - 255 * mean[channel]) / (255 * std[channel])
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-
-
-def jitter(x, batch):
-    """Changes the contrast and the brightness of normalised images [B, 3, S, S] as drawn, in place."""
-    return x.mul_(batch.contrast[:, None, None, None]).add_(batch.brightness[:, None, None, None])

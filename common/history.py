@@ -63,8 +63,6 @@ class History:
         shift, flip = settings.get("shift"), settings.get("flip")
         augmentation = [f"cropped up to {shift} of 32 px off centre"] * bool(shift)
         augmentation += ["half of them flipped"] * bool(flip)
-        if jitter := settings.get("jitter"):
-            augmentation += [f"contrast and brightness changed by up to {jitter:.0%}"]
         mean, std = (", ".join(map(str, settings.get(key, [UNKNOWN]))) for key in ("mean", "std"))
         return {
             "recipe": settings["recipe"],

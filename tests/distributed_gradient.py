@@ -18,7 +18,7 @@ def gradient(micro_batches):
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (20,))
     settings = train.RECIPES["standard"] | dict(precision="fp32")
-    (batch,) = data.epoch_batches(20, 14, seed=1, epoch=0, shift=4, flip=True, jitter=0.2)
+    (batch,) = data.epoch_batches(20, 14, seed=1, epoch=0, shift=4, flip=True)
     network = ResNet18().double().eval()
     model = distributed.data_parallel(network)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

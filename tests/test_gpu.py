@@ -69,11 +69,11 @@ def test_what_mixes_devices_is_noticed(images):
 
 
 def test_batches_are_made_and_resized_on_the_gpu(images):
-    (batch, _) = data.epoch_batches(20, 8, seed=0, epoch=0, shift=4, flip=True, jitter=0.2, device=GPU)
+    (batch, _) = data.epoch_batches(20, 8, seed=0, epoch=0, shift=4, flip=True, device=GPU)
     assert {part.device for part in batch} == {GPU}
     cropped = data.augment(images, batch)
     assert cropped.device == GPU and cropped.is_contiguous(memory_format=torch.channels_last)
-    x = data.jitter(data.normalize_and_resize(cropped, 64, **PIXELS), batch)
+    x = data.normalize_and_resize(cropped, 64, **PIXELS)
     assert (x.device, x.shape, x.dtype) == (GPU, (8, 3, 64, 64), torch.float32)
 
 
@@ -105,7 +105,7 @@ def test_a_step_and_an_evaluation_stay_on_the_gpu(precision, network, images, mo
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))
     settings = train.STANDARD | dict(precision=precision)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    for batch in data.epoch_batches(20, 10, seed=0, epoch=0, shift=4, flip=True, jitter=0.2, device=GPU):
+    for batch in data.epoch_batches(20, 10, seed=0, epoch=0, shift=4, flip=True, device=GPU):
         result = train.backward(model, images, labels, batch, 64, settings, scaler, micro_batches=2)
         assert result.device == GPU
     assert [loss.device for loss in losses] == [GPU] * 4
