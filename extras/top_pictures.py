@@ -27,10 +27,10 @@ def main(argv=None):
         everything, labels = dataset.test_images, dataset.test_labels.tolist()
         name_of = lambda index: network.classes[labels[index]]  # noqa: E731
     (maps,) = inside.feature_maps(network.model, network.preprocess(everything[0]), args.layer)
-    inside.choose_maps(maps, args.map, one_image=False)  # an error before the long search
+    channels = inside.choose_maps(maps, args.map, one_image=False)  # an error before the long search
     batch = 4 if network.photographs else 25  # photographs are many and large: they must not fill the memory
     found = responses.cached_strongest(network, everything, batch=batch)[args.layer]
-    for channel in inside.choose_maps(maps, args.map, one_image=False):
+    for channel in channels:
         figure = draw(network, everything, name_of, found, args.layer, channel, args.method)
         save_figure(figure, args, f"top_pictures_{args.layer}_map{channel}.png")
 
