@@ -1,7 +1,7 @@
 """The data sets: finding them, and making batches of them on the device.
 
-The way of an image: uint8 [N, 3, 32, 32] on the device → crop, flip → float, normalise → jitter the colors →
-resize to the step's size → network."""
+The way of an image: uint8 [N, 3, 32, 32] on the device → crop, flip → float, normalise → resize to the step's
+size → network."""
 
 import collections
 import contextlib
@@ -306,23 +306,20 @@ class Batch(NamedTuple):
     top: torch.Tensor  # int64 [B], pixels: where the crop begins
     left: torch.Tensor
     flip: torch.Tensor  # bool [B]
-    color: torch.Tensor  # float32 [B, 3]: changes of saturation, contrast and brightness, 0 for none
 
 
-def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, jitter=0, device="cpu"):
+def epoch_batches(n, batch_size, seed, epoch, shift=0, flip=False, device="cpu"):
     """The batches of an epoch over `n` images, shuffled; a last, smaller one is left out unless it is the
     only one. All is drawn at once from (seed, epoch), so that any step can be done again, on any device.
 
-    A crop is off centre by up to `shift` pixels each way, and half of them are flipped if `flip`. Saturation,
-    contrast and brightness change by up to `jitter` each, as `jitter_colors` says."""
+    A crop is off centre by up to `shift` pixels each way, and half of them are flipped if `flip`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     steps, batch_size = max(1, n // batch_size), min(n, batch_size)
     indices = torch.randperm(n, generator=generator)[: steps * batch_size]
     places = torch.rand(2, len(indices), generator=generator)  # of all possible ones, 0 … 1
     flips = torch.rand(len(indices), generator=generator) < (0.5 if flip else 0)
-    colors = jitter * (2 * torch.rand(len(indices), 3, generator=generator) - 1)
     top, left = (places * (2 * shift + 1)).long() - shift
-    parts = (part.to(device).split(batch_size) for part in (indices, top, left, flips, colors))
+    parts = (part.to(device).split(batch_size) for part in (indices, top, left, flips))
     return [Batch(*batch) for batch in zip(*parts)]
 
 
@@ -340,27 +337,9 @@ def augment(images, batch):
     return crops.permute(0, 3, 1, 2)  # the indexing put the channels last
 
 
-def normalize(images, mean, std):
-    """uint8 [N, 3, S, S] → float32 [N, 3, S, S]: (value / 255 - mean) / std per channel."""
+def normalize_and_resize(images, size, mean, std):
+    """uint8 [N, 3, S, S] → float32 [N, 3, size, size]: (value / 255 - mean) / std per channel, bilinear."""
     x = images.float().contiguous(memory_format=memory_format(images.device))
     for channel in range(3):  # by plain numbers: a tensor of them would make a GPU wait for its copy
         x[:, channel] = (x[:, channel] - 255 * mean[channel]) / (255 * std[channel])
-    return x
-
-
-def jitter_colors(x, batch):
-    """Changes the colors of normalised images [B, 3, S, S] as drawn: their distance from grey by a factor,
-    then all values by a factor (contrast), and by a number that is added to them (brightness)."""
-    saturation, contrast, brightness = batch.color.T[..., None, None, None]
-    grey = x.mean(1, keepdim=True)
-    return torch.lerp(grey, x, 1 + saturation) * (1 + contrast) + brightness
-
-
-def resize(x, size):
-    """float32 [N, 3, S, S] → [N, 3, size, size], bilinear."""
     return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
-
-
-def normalize_and_resize(images, size, mean, std):
-    """uint8 [N, 3, S, S] → float32 [N, 3, size, size]: both, one after the other."""
-    return resize(normalize(images, mean, std), size)

@@ -63,9 +63,6 @@ class History:
         shift, flip = settings.get("shift"), settings.get("flip")
         augmentation = [f"cropped up to {shift} of 32 px off centre"] * bool(shift)
         augmentation += ["half of them flipped"] * bool(flip)
-        if jitter := settings.get("jitter"):
-            augmentation += [f"saturation, contrast and brightness changed by up to {jitter:.0%}"]
-        ema = settings.get("ema")
         mean, std = (", ".join(map(str, settings.get(key, [UNKNOWN]))) for key in ("mean", "std"))
         return {
             "recipe": settings["recipe"],
@@ -80,7 +77,6 @@ class History:
             "weight decay": settings.get("weight_decay", UNKNOWN),
             "label smoothing": settings.get("label_smoothing", UNKNOWN),
             "augmentation": ", ".join(augmentation) or "none",
-            "weight averaging": f"exponential, over {ema:.0%} of the run" if ema else "none",
             "pixel mean": mean,
             "standard deviation": std,
             "start": f"the weights in {settings['init']}" if settings.get("init") else "random weights",

@@ -4,7 +4,6 @@ Its files are last.pt (all it takes to resume), weights.pt (all it takes to look
 metrics.csv and their curves, and at its end confusion.csv."""
 
 import contextlib
-import copy
 import csv
 import io
 import itertools
@@ -28,11 +27,9 @@ FILES = "weights.pt metrics.csv loss.csv loss.png accuracy.png confusion.csv las
 
 class Run:
     """The state of a run: `model`, `optimizers`, `scaler`, and in `history` what happened, per iteration
-    and per epoch (the rows of metrics.csv). `ema_model` is what is tested and kept: the running mean of the
-    model's weights, or the model itself in a run that averages none. With the seed the history says what
-    comes next, so no other state needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on
-    from, `init` a state dict to start from: of it, fc is left out where it knows another number of
-    classes."""
+    and per epoch (the rows of metrics.csv). With the seed the history says what comes next, so no other state
+    needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on from, `init` a state dict to
+    start from: of it, fc is left out where it knows another number of classes."""
 
     def __init__(self, settings, dataset, out, device, saved=None, init=None):
         self.settings, self.out, self.last = settings, out, out / "last.pt"
@@ -44,7 +41,6 @@ class Run:
         if init:
             state = self.model.state_dict()
             self.model.load_state_dict(state | {k: v for k, v in init.items() if v.shape == state[k].shape})
-        self.ema_model = copy.deepcopy(self.model) if settings.get("ema") else self.model
         self.optimizers = self._optimizers()
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
         self.history = dict(loss=[], accuracy=[], rate=[], clock=[], epochs=[], seconds=0.0)
@@ -76,8 +72,7 @@ class Run:
 
     def _states(self):
         """What a checkpoint holds the state of, by its key there."""
-        training = {} if self.ema_model is self.model else dict(training_model=self.model)
-        return dict(model=self.ema_model, scaler=self.scaler) | training | self.optimizers
+        return dict(model=self.model, scaler=self.scaler) | self.optimizers
 
     def set_learning_rate(self, lr):
         """Sets the optimizers' learning rates: SGD's to `lr`, Muon's to its multiple of that."""
@@ -85,18 +80,6 @@ class Run:
             factor = self.settings["muon_lr_factor"] if name == "muon" else 1
             for group in optimizer.param_groups:
                 group["lr"] = factor * lr
-
-    @torch.no_grad()
-    def update_ema(self, iteration):
-        """Moves `ema_model` towards the model, after iteration 1, 2, …: an exponential moving average (as of
-        Tarvainen and Valpola 2017, https://arxiv.org/abs/1703.01780), which is a plain mean until there is as
-        much to average as the setting says."""
-        if self.ema_model is self.model:
-            return
-        span = self.settings["ema"] * self.steps * self.settings["epochs"]
-        for mean, tensor in zip(self.ema_model.state_dict().values(), self.model.state_dict().values()):
-            if tensor.is_floating_point():  # else it counts batches
-                mean.lerp_(tensor, 1 / min(iteration, max(1, span)))
 
     @property
     def iteration(self):
@@ -147,7 +130,7 @@ class Run:
         now, history, sizes = time.time(), self.history, self.settings["sizes"]
         history["seconds"] += now - self.saved_at
         self.saved_at = now
-        state = self.ema_model.state_dict()
+        state = self.model.state_dict()
         halves = {
             name: t.cpu().half() if t.ndim > 1 else t.cpu() for name, t in state.items()
         }  # not batch norms

@@ -19,7 +19,6 @@ def gradient(micro_batches):
     labels = torch.randint(0, 10, (20,))
     settings = train.RECIPES["standard"] | dict(precision="fp32")
     (batch,) = data.epoch_batches(20, 14, seed=1, epoch=0, shift=4, flip=True)
-    batch = batch._replace(color=batch.color.double())
     network = ResNet18().double().eval()
     model = distributed.data_parallel(network)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -563,12 +563,11 @@ def test_crop_and_flip_are_torchvisions(shift):
 
 def test_batches_are_shuffled_cropped_and_flipped():
     batches = data.epoch_batches(5000, 100, seed=0, epoch=0, shift=4, flip=True)
-    indices, top, left, flip, color = (torch.cat(part) for part in zip(*batches))
+    indices, top, left, flip = (torch.cat(part) for part in zip(*batches))
     assert sorted(indices.tolist()) == list(range(5000))
     for offsets in (top, left):  # each equally often
         assert offsets.min() == -4 and torch.bincount(offsets + 4, minlength=9).min() > 450
     assert 0.45 < flip.float().mean() < 0.55
-    assert not color.any()
     other = data.epoch_batches(5000, 100, seed=0, epoch=1, shift=4, flip=True)
     assert not torch.equal(batches[0].indices, other[0].indices)
     again = data.epoch_batches(5000, 100, seed=0, epoch=0, shift=4, flip=True)
@@ -580,19 +579,6 @@ def test_batches_without_augmentation_take_images_as_they_are():
     images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
     (batch,) = data.epoch_batches(10, 10, seed=0, epoch=0)
     assert torch.equal(data.augment(images, batch), images[batch.indices])
-
-
-def test_colors_are_jittered():
-    images = torch.randn(200, 3, 8, 8)
-    (batch,) = data.epoch_batches(200, 200, seed=0, epoch=0, jitter=0.2)
-    assert ((0.19 < batch.color.abs().amax(0)) & (batch.color.abs().amax(0) < 0.2)).all()
-    result = data.jitter_colors(images, batch)
-    for image, changed, (saturation, contrast, brightness) in zip(images, result, 1 + batch.color):
-        grey = image.mean(0)
-        expected = (grey + saturation * (image - grey)) * contrast + brightness - 1
-        torch.testing.assert_close(changed, expected)
-    (batch,) = data.epoch_batches(200, 200, seed=0, epoch=0)
-    assert torch.equal(data.jitter_colors(images, batch), images)
 
 
 def test_batches_are_whole_unless_there_is_only_one():

@@ -217,7 +217,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys
         start(tmp_path, "--epochs", "3")
     assert stop.value.code == 2
     assert (
-        "weights are not finite after iteration 6, at learning rate 0.0278: the run stops"
+        "weights are not finite after iteration 6, at learning rate 0.0556: the run stops"
         in capsys.readouterr().err
     )
     saved = last(tmp_path)
