@@ -195,7 +195,9 @@ class Page:
         """The filters of conv1, and the share of silent maps of each stage; before an evaluation a note."""
         opts = dict(title="Filters of conv1", width=215, height=335)
         if not self.filters:
-            return self._client.text("They come after the first epoch.", win="Filters", opts=opts)
+            if not self._client.win_exists("Filters"):  # else they are an earlier part's of a resumed run
+                self._client.text("They come after the first epoch.", win="Filters", opts=opts)
+            return
         filters, silent, count = self.filters
         scaled = 127.5 + 127.5 * filters / filters.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
         cells = F.pad(scaled, (1, 0, 1, 0), value=255).to(torch.uint8)

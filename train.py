@@ -6,7 +6,7 @@ python train.py --recipe quick         a shorter one, which begins with images o
 python train.py --recipe assignment    the report's own recipe
 python train.py --init imagenet        start from ImageNet's weights, or from any other ResNet-18's
 python train.py --dataset digits       try it all in two minutes, with no download
-torchrun --nproc-per-node=4 train.py   with four processes, with one GPU each if there are GPUs"""
+torchrun --nproc-per-node=4 train.py   with four processes, each with a CUDA GPU if there are any"""
 
 import contextlib
 import itertools
@@ -343,9 +343,12 @@ def non_default_flags(args, **defaults):
 def resume_command(args):
     """The command that resumes the run that these flags started."""
     processes = distributed.LOCAL_WORLD_SIZE
-    start = "python" if distributed.WORLD_SIZE == 1 else f"torchrun --nproc-per-node={processes}"
+    several_machines = distributed.WORLD_SIZE > processes
+    start = f"torchrun {'…' if several_machines else f'--nproc-per-node={processes}'}"
+    start = "python" if distributed.WORLD_SIZE == 1 else start
     defaults = dict(out=f"runs/{args.dataset}", dataset="cifar10", data="data", device="auto", accumulate="1")
-    return f"{start} train.py --resume{non_default_flags(args, **defaults)}{' --sync-bn' * args.sync_bn}"
+    flags = non_default_flags(args, **defaults, port="8097")
+    return f"{start} train.py --resume{flags}{' --sync-bn' * args.sync_bn}{' --no-visdom' * args.no_visdom}"
 
 
 @cli.ignore_output_errors()
@@ -371,7 +374,7 @@ def start_or_resume(args, device):
           f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(sizes)}; "
           f"batch {settings['batch_size']}, learning rate {settings['lr']}"
           + (f"; from the weights in {settings['init']}" if settings.get("init") else ""))  # fmt: skip
-    init = weights.read(args.init)[0] if args.init else None
+    init = weights.read(args.init, "--init")[0] if args.init else None
     page_class = select_page(args)
     with contextlib.ExitStack() as stack:
         if distributed.RANK == 0:
@@ -416,7 +419,9 @@ def evaluate_weights(args, device):
     rows = [[*row[:3], f"{row[3]:.4f}"] for row in mistakes]
     checkpoint.save_table([["number", "class", "said", "confidence"], *rows], args.out / "mistakes.csv")
     if mistakes:
-        sheet = figures.mistakes(dataset.test_images, mistakes, dataset.test_split)
+        flags = non_default_flags(args, weights="None", dataset="cifar10", data="data")
+        command = f"python -m extras.decision --image NUMBER{flags}" if dataset.test_split == "test" else None
+        sheet = figures.mistakes(dataset.test_images, mistakes, dataset.test_split, command)
         client.save_figure(sheet, args, "mistakes.png")
     for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):
         print(f"  {name:<12}{correct:>6,} of {row.sum():,} right, {correct / row.sum().clamp(min=1):.1%}")

@@ -8,6 +8,7 @@ train.py would choose. Also what micro-batches, the live page and a second proce
 python -m benchmarks.throughput"""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -104,8 +105,10 @@ def peak_memory(device):
     """The most that this process ever had, in GB: on a GPU what its tensors took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # which Windows has not
-
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

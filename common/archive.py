@@ -1,10 +1,12 @@
 """CIFAR-10's python archive: reading it, packed or unpacked, and downloading it."""
 
+import contextlib
 import gzip
 import hashlib
 import http.client
 import pickle
 import tarfile
+import time
 import urllib.request
 import zlib
 from pathlib import Path
@@ -83,8 +85,10 @@ def _download(folder, problem):
     from torchvision.datasets import CIFAR10
 
     print(f"{problem}: downloading its python archive, 170 MB, to {folder} …", flush=True)
-    for leftover in folder.glob(f"{PACKED}.*.tmp"):  # of a start that was killed
-        leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(f"{PACKED}.*.tmp"):  # of a start that was killed, or of one that is at it now
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 10 * TIMEOUT:
+                leftover.unlink()
     checksum = hashlib.md5()
     with checkpoint.atomic_write(folder / PACKED) as file:
         try:

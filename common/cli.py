@@ -187,10 +187,10 @@ FLAGS = {
     "weights": dict(metavar="FILE", help="the trained network: what train.py wrote, any ResNet-18 of "
         "torchvision's, or imagenet (default: runs/<dataset>/weights.pt, or for cifar10 without a run the "
         "network in weights/)"),
-    "mean": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="the mean of each colour by which "
-        "images are normalised, from 0 to 1 (default: what --weights says, or ImageNet's)"),
-    "std": dict(type=float, nargs=3, metavar=("R", "G", "B"), help="the standard deviation of "
-        "each colour, likewise"),
+    "mean": dict(type=number(float, 0, 1), nargs=3, metavar=("R", "G", "B"), help="the mean of each colour "
+        "by which images are normalised, from 0 to 1 (default: what --weights says, or ImageNet's)"),
+    "std": dict(type=number(float, 0.001, 1), nargs=3, metavar=("R", "G", "B"), help="the standard "
+        "deviation of each colour, likewise"),
     "size": dict(type=number(int, 32, 1024), metavar="PX", help="the side of the images that the "
         "network sees (default: what --weights says, or 224)"),
     "classes": dict(metavar="FILE", help="the names of the classes, one a line (default: what --weights "

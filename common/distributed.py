@@ -21,10 +21,15 @@ PEER_LOST = "another process has died; torchrun's output says which"
 
 @contextlib.contextmanager
 def process_group(device):
-    """Context manager: connects the processes; only the first prints. Raises `UserError` when one is gone."""
+    """Context manager: connects the processes; only the first prints. Raises `UserError` when one is gone,
+    and on Apple GPUs, whose tensors no process can send to another."""
     if WORLD_SIZE == 1:
         yield
         return
+    if device.type == "mps":
+        raise UserError(
+            "several processes cannot share an Apple GPU: start python train.py, or add --device cpu"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none

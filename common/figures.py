@@ -297,9 +297,9 @@ def compared_curves(runs):
     return left.figure
 
 
-def mistakes(images, rows, split):
+def mistakes(images, rows, split, command=None):
     """A sheet of the fifty most confident mistakes, the first of what `inside.mistakes` returned, among
-    images uint8 [N, 3, S, S]."""
+    images uint8 [N, 3, S, S]. `command` is what explains one, if anything does."""
     count = min(50, len(rows))
     figure = Figure(figsize=(13, 1.2 + 1.75 * math.ceil(count / 10)), layout="constrained")
     figure.suptitle(f"The {count} most confident of {len(rows):,} mistakes on the {split} set")
@@ -311,9 +311,7 @@ def mistakes(images, rows, split):
     for axes in cells[count:]:
         axes.set_axis_off()
     text = "Above an image: its number and what it is. Below it: what the network says, and its confidence."
-    return explain(
-        figure, f"{text} python -m extras.decision --image NUMBER tells why." if split == "test" else text
-    )
+    return explain(figure, f"{text} {command} tells why." if command else text)
 
 
 def confusion_matrix(labels, logits):

@@ -17,11 +17,12 @@ class History:
     """What is known of a training run: from its checkpoint `settings`, `source` and `accuracy`; from the
     tables beside that `epochs` (rows of metrics.csv), `losses` (of loss.csv) and `counts` (of confusion.csv,
     as `figures.confusion_matrix`) of `classes`. What is not known is empty, and so is what does not fit the
-    checkpoint. `path` is a file of weights, or a folder with tables alone. Raises `UserError`."""
+    checkpoint. `path` is a file of weights, or a folder with tables alone; `flag` names another. Raises
+    `UserError`."""
 
-    def __init__(self, path):
+    def __init__(self, path, flag="--weights"):
         path = Path(path)
-        saved, folder = ({}, path) if path.is_dir() else (weights.read(path)[1], path.parent)
+        saved, folder = ({}, path) if path.is_dir() else (weights.read(path, flag)[1], path.parent)
         kinds = dict(settings=dict, source=str, accuracy=float, classes=list)
         known = {key: saved[key] for key, kind in kinds.items() if isinstance(saved.get(key), kind)}
         here = path.resolve().is_relative_to(Path.cwd())

@@ -171,7 +171,9 @@ def rank_correlation(pattern, other):
 def control(model, x, pattern, layer, channel, method="guided", unit="map"):
     """What tells whether `pattern`, which `reconstruct` gave for these arguments, comes from what the network
     has learned: (the same pattern [3, H, W] from a copy in which the layer's stage and the one below it are
-    random, their rank correlation). After Adebayo et al. 2018, https://arxiv.org/abs/1810.03292."""
+    random, their rank correlation). That of a single position is within the pattern's `smallest_box`: beyond
+    it, both fade towards the edge of what the position sees, whatever the image shows. After Adebayo et al.
+    2018, https://arxiv.org/abs/1810.03292."""
     if unit == "max":  # the position that is the strongest in the trained network
         (maps,) = feature_maps(model, x, layer)
         unit = int(maps[0, channel].argmax())
@@ -179,7 +181,10 @@ def control(model, x, pattern, layer, channel, method="guided", unit="map"):
         random = reconstruct(randomize(model, _random_stages(layer), seed), x, layer, channel, method, unit)
         if random.any():
             break
-    return random, rank_correlation(pattern, random)
+    if unit == "map":
+        return random, rank_correlation(pattern, random)
+    top, left, bottom, right = smallest_box(pattern)
+    return random, rank_correlation(pattern[:, top:bottom, left:right], random[:, top:bottom, left:right])
 
 
 def _random_stages(layer):

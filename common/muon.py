@@ -25,7 +25,8 @@ class Muon(torch.optim.Optimizer):
     """Stochastic gradient descent with Nesterov momentum, whose step for a weight is orthogonalised, so that
     it moves all directions of the weight alike. `params` are weights [out, in, height, width] of
     convolutions, each followed by a batch norm. So their scale does not matter, and before each step they are
-    given the norm of a matrix whose singular values are 1, which makes `lr` the relative size of a step."""
+    given the norm of a matrix [out, in · height · width] whose singular values are 1 (√2 times that where it
+    has more rows than columns), which makes `lr` the relative size of a step."""
 
     def __init__(self, params, lr, momentum, precision):
         super().__init__(params, dict(lr=lr, momentum=momentum, precision=precision))

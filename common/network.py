@@ -63,7 +63,7 @@ def load_network(path, dataset, device, **given):
     state, saved = weights.read(path)
     count = len(state["fc.weight"])
     keys = "mean", "std", "size", "classes"
-    known = not saved.keys().isdisjoint(keys)
+    known = saved.keys() >= set(keys)  # train.py's have them all
     about = {key: saved.get(key) for key in keys} if known else IMAGENET | dict(classes=_class_names(count))
     about |= {key: value for key, value in given.items() if value is not None}
     if given.get("classes"):
@@ -100,7 +100,7 @@ def _class_names(count):
 def _read_names(path):
     """The lines of a text file. Raises `UserError`."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): --classes takes a file with a name a line")
 

@@ -224,7 +224,7 @@ def locked(out):
 def archive_previous(out):
     """Moves a run that is in the folder `out` already to a new folder in it: nothing is overwritten."""
     old = [out / name for name in FILES if (out / name).exists()]  # last.pt last: till then it can go on
-    if out / "last.pt" in old or out / "weights.pt" in old:
+    if old:
         archives = (out / f"earlier-{number}" for number in itertools.count(1))
         archive = next(folder for folder in archives if not folder.exists())
         archive.mkdir()
@@ -242,7 +242,7 @@ def load_for_resume(args):
     flags = "dataset recipe epochs batch_size size lr seed precision limit holdout".split()
     try:
         values = {flag: saved["settings"]["sizes" if flag == "size" else flag] for flag in flags}
-        values["size"] = values["size"][0] if len(set(values["size"])) == 1 else "by its recipe"
+        values["size"] = values["size"][0] if len(set(values["size"])) == 1 else None
         warmup, done = saved["settings"]["warmup"], len(saved["history"]["epochs"])
         saved["optimizer"], saved["history"]["loss"]
     except (KeyError, TypeError, IndexError):
@@ -253,8 +253,9 @@ def load_for_resume(args):
         settings["sizes"] = (settings["sizes"] + settings["sizes"][-1:] * args.epochs)[: args.epochs]
     for flag, value in values.items():
         if (requested := getattr(args, flag)) not in (None, "auto", value):
-            problem = f"the run in {args.out} has --{flag.replace('_', '-')} {value}, not {requested}"
-            way_out = "resume it with that, or start another with --out"
+            flag_and_value = f"--{flag.replace('_', '-')}" + f" {value}" * (value is not None)
+            problem = f"the run in {args.out} has {'no ' * (value is None)}{flag_and_value}, not {requested}"
+            way_out = f"resume it with{'out' * (value is None)} that, or start another with --out"
             if flag == "epochs":
                 way_out += f", from its weights with --init {args.out / 'weights.pt'}"
             raise UserError(f"{problem}: {way_out}")

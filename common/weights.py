@@ -14,13 +14,13 @@ from MyResnet import ResNet18, to_torchvision
 IMAGENET = "imagenet"  # instead of a file: those of torchvision
 
 
-def read(path):
+def read(path, flag="--weights"):
     """(state dict of a `ResNet18`, float32 on the CPU; what else the file holds, a dictionary). Raises
-    `UserError` if there is no file, or no ResNet-18 with finite weights in it."""
-    content = _content(path)
+    `UserError` if there is no file, or no ResNet-18 with finite weights in it: `flag` names another."""
+    content = _content(path, flag)
     found = _state_dict(content)
     if found is None:
-        raise UserError(f"{path} has no state dict of a network: name others with --weights")
+        raise UserError(f"{path} has no state dict of a network: name others with {flag}")
     found = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in found.items()}
     prefix = next((name.removesuffix("fc.weight") for name in found if name.endswith("fc.weight")), "")
     found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
@@ -30,7 +30,7 @@ def read(path):
     theirs = "conv1.conv.weight" not in found  # torchvision's names
     names = dict(zip(to_torchvision(expected) if theirs else expected, expected))
     if difference := _difference(found, names, expected):
-        raise UserError(f"{path} has weights of another network ({difference}): name others with --weights")
+        raise UserError(f"{path} has weights of another network ({difference}): name others with {flag}")
     counts = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
     state = counts | {ours: found[name].float() for name, ours in names.items() if name in found}
     try:
@@ -38,11 +38,11 @@ def read(path):
     except RuntimeError:  # there are tensors without values, and sparse ones
         finite = False
     if not finite:
-        raise UserError(f"{path} has weights that are not finite: name others with --weights")
+        raise UserError(f"{path} has weights that are not finite: name others with {flag}")
     return state, content if isinstance(content, dict) else {}
 
 
-def _content(path):
+def _content(path, flag):
     """What the file holds. `path` may also be "imagenet"."""
     if str(path) == IMAGENET:
         from torchvision.models import ResNet18_Weights  # takes a second to import
@@ -51,10 +51,10 @@ def _content(path):
         try:
             return weights.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
-            way_out = f"get {weights.url} elsewhere, and name the file with --weights"
+            way_out = f"get {weights.url} elsewhere, and name the file with {flag}"
             raise UserError(f"ImageNet's weights cannot be downloaded ({error}): {way_out}")
     if not Path(path).is_file():
-        raise UserError(f"no weights in {path}: python train.py makes them, --weights names others")
+        raise UserError(f"no weights in {path}: python train.py makes them, {flag} names others")
     if Path(path).suffix != ".safetensors":
         return checkpoint.load(path)
     try:

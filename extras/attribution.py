@@ -49,11 +49,12 @@ METHODS = {  # the evidence, [h, w]: of each pixel, or by Grad-CAM on the coarse
     "SmoothGrad": lambda *args: smooth_grad(*args).abs().sum(0),
     "occlusion": occlusion,
 }
-TEXT = """Bright pixels speak for the class that a row names; what speaks against it is left out. Grad-CAM:
-where the maps of conv5_x respond that raise the class's logit. Integrated gradients: how much each pixel adds
-to the logit on the way from a grey image to this one. SmoothGrad: how sensitive the logit is to the pixel, in
-the mean of noisy copies. Occlusion: how much the logit falls when a square there is covered with grey. Each
-method has its own scale, which a few pixels may exceed. Which to believe: python -m extras.deletion."""
+TEXT = """Bright pixels speak for the class that a row names; what speaks against it is left out, except by
+SmoothGrad, which has no sign. Grad-CAM: where the maps of conv5_x respond that raise the class's logit.
+Integrated gradients: how much each pixel adds to the logit on the way from a grey image to this one.
+SmoothGrad: how sensitive the logit is to the pixel, in the mean of noisy copies. Occlusion: how much the
+logit falls when a square there is covered with grey. Each method has its own scale, which a few pixels may
+exceed. Which to believe: python -m extras.deletion."""
 
 
 def draw(network, image, name, x, names=()):

@@ -1,6 +1,6 @@
 """What would excite a feature map most: an image that gradient ascent finds from noise, in frequencies and
 colours that vary independently, and under small random transforms (Olah, Mordvintsev, Schubert 2017,
-https://distill.pub/2017/feature-visualization).
+https://distill.pub/2017/feature-visualization), or one of eight plain colours, if that excites it more.
 
 python -m extras.maximize --layer conv4_x --map 7,43"""
 
@@ -88,7 +88,7 @@ def main(argv=None):
     (maps,) = inside.feature_maps(network.model, black, args.layer)
     channels = inside.choose_maps(maps, args.map, one_image=False)  # an error before the long search
     best = None
-    if not network.photographs and (args.data != "data" or data.is_present(args.dataset, args.data)):
+    if not network.photographs and data.is_present(args.dataset, args.data):
         dataset = data.load(args.dataset, args.data, network.classes, ["test"])
         best = responses.cached_strongest(network, dataset.test_images)[args.layer][3].amax(1)
     for channel in channels:

@@ -86,7 +86,7 @@ def beyond(network, args, layers, images):
     is not silent. Returns (the maximised images' mean activations by layer, the counts of the confusion
     matrix or None); without the test set of the network's classes only the former."""
     best, counts, activations = {}, None, {}
-    present = args.data != "data" or data.is_present(args.dataset, args.data)
+    present = data.is_present(args.dataset, args.data)
     if present and not network.photographs and list(network.classes) == data.CLASSES[args.dataset]:
         dataset = data.load(args.dataset, args.data, network.classes, ["test"])
         names = [network.classes[label] for label in dataset.test_labels]
@@ -184,7 +184,9 @@ def main(argv=None):
         "in the sanity check, and what the strongest maps look for")  # fmt: skip
     parser.add_argument("--compare", metavar="RUN", help="a second run: its folder, or its file of weights")
     args = parser.parse_args(argv)
-    other = History(weights_of_run(args.compare)) if args.compare else None  # an error before the long work
+    other = None
+    if args.compare:  # now, so that an error comes before the long work
+        other = History(weights_of_run(args.compare), "--compare")
     path = cli.make_folder(args.out) / "report.html"
     page = render(collect(args, other))
     with checkpoint.atomic_write(path) as file:

@@ -464,8 +464,11 @@ def test_download_that_is_cut_off_is_begun_anew(answer, reason, server, tmp_path
             data.load("cifar10", root)
     assert not list(root.iterdir())
     assert f"downloading its python archive, 170 MB, to {root}" in capsys.readouterr().out
-    (root / f"{PACKED}.123.tmp").write_bytes(b"a part that a start left when it was killed")
+    for name in "old", "new":
+        (root / f"{PACKED}.{name}.tmp").write_bytes(b"a part that a start left when it was killed")
+    os.utime(root / f"{PACKED}.old.tmp", (0, 0))
     assert len(data.load("cifar10", root).train_images) == 100
+    (root / f"{PACKED}.new.tmp").unlink()  # it may be one that another start is writing now
     assert [path.name for path in root.iterdir()] == [PACKED]
     assert len(data.load("cifar10", root).train_images) == 100 and not server.answers
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import train
+from common import distributed
+from common.cli import UserError
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 600  # seconds, for what must end
@@ -99,6 +101,13 @@ def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, capsys)
     assert "test set, 360 images" in (evaluated := capsys.readouterr().out)
     accuracy = float(evaluated.split("accuracy ")[1].split("%")[0])
     assert accuracy == pytest.approx(100 * float(rows[-1]["test_accuracy"]), abs=0.3)  # weights are rounded
+
+
+def test_processes_do_not_share_an_apple_gpu(monkeypatch):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    with pytest.raises(UserError, match="cannot share an Apple GPU: .*--device cpu"):
+        with distributed.process_group(torch.device("mps")):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from PIL import Image
 
 import train
 from common import data, figures, inside, responses
-from common.network import load_network
+from common.images import photograph
+from common.network import REFERENCE, load_network
 from extras import (
     ablation,
     attribution,
@@ -204,9 +205,24 @@ def test_a_control_is_the_pattern_of_random_upper_stages(network, layer, stages,
     state = torch.get_rng_state()
     control, correlation = inside.control(network.model, x, pattern, layer, channel, "guided", unit)
     assert torch.equal(control, expected) and torch.equal(torch.get_rng_state(), state)
+    if unit == "max":
+        top, left, bottom, right = inside.smallest_box(pattern)
+        pattern, control = (p[:, top:bottom, left:right] for p in (pattern, control))
     seen = pattern.abs().sum(0).bool() | control.abs().sum(0).bool()
     ranks = [scipy.stats.rankdata(p.abs().sum(0)[seen]) for p in (pattern, control)]
     assert correlation == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-6)
+
+
+def test_control_of_a_position_tells_another_image():
+    """Any two patterns of one position fade towards the edge of what it sees: that is no correlation."""
+    network = load_network(REFERENCE, "cifar10", torch.device("cpu"))
+    x = network.preprocess(photograph()[0])
+    (maps,) = inside.feature_maps(network.model, x, "conv4_x")
+    arguments = "conv4_x", 7, "guided", int(maps[0, 7].argmax())
+    pattern = inside.reconstruct(network.model, x, *arguments)
+    other, correlation = inside.control(network.model, x.flip(3), pattern, *arguments)
+    assert inside.rank_correlation(pattern, other) > 0.6 > 0.4 > correlation
+    assert inside.control(network.model, x, pattern, *arguments)[1] > 0.6
 
 
 def test_a_verdict_is_given_only_above_its_limit():
@@ -454,7 +470,8 @@ def test_evaluation_writes_the_mistakes(run, flags, tmp_path):
     network = load_network(run / "weights.pt", "digits", torch.device("cpu"))
     images, labels = data.load("digits", "")[2:4]
     with torch.no_grad():
-        confidence, predicted = network.model(network.preprocess(images)).softmax(1).max(1)
+        logits = network.model(network.preprocess(images))
+    confidence, predicted = logits.softmax(1).max(1)
     with open(tmp_path / "figures/mistakes.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {int(row["number"]) for row in rows} == set((predicted != labels).nonzero().flatten().tolist())
@@ -465,6 +482,8 @@ def test_evaluation_writes_the_mistakes(run, flags, tmp_path):
     confidences = [float(row["confidence"]) for row in rows]
     assert confidences == sorted(confidences, reverse=True)
     drawn(tmp_path, "mistakes.png")
+    sheet = figures.mistakes(images, inside.mistakes(labels, logits, network.classes), "test", "a command")
+    assert "a command tells why" in sheet.get_supxlabel()
 
 
 def test_no_mistakes_make_an_empty_table():

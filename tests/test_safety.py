@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -269,6 +270,15 @@ def test_earlier_run_is_whole_when_moving_it_is_cut_off(run, tmp_path, monkeypat
         (out / path.name).touch()
     archive_previous(out)
     assert moved[-1] == "last.pt" and "weights.pt" in moved
+
+
+def test_tables_alone_are_kept_too(run, tmp_path, capsys):
+    for name in "metrics.csv", "loss.csv":
+        shutil.copy(run / name, tmp_path)
+    start(tmp_path, "--epochs", "1")
+    for name in "metrics.csv", "loss.csv":
+        assert (tmp_path / "earlier-1" / name).read_bytes() == (run / name).read_bytes()
+    assert f"is now in {tmp_path}/earlier-1" in capsys.readouterr().out
 
 
 def test_folder_of_a_run_is_its_own(tmp_path, capsys):

@@ -76,7 +76,11 @@ def test_way_to_go_on_has_the_processes_and_the_device(monkeypatch):
     monkeypatch.setattr(train.distributed, "WORLD_SIZE", 8)
     monkeypatch.setattr(train.distributed, "LOCAL_WORLD_SIZE", 4)
     args = train.parse(["--dataset", "digits"])
-    assert train.resume_command(args) == "torchrun --nproc-per-node=4 train.py --resume --dataset digits"
+    assert train.resume_command(args) == "torchrun … train.py --resume --dataset digits"  # with two machines
+    monkeypatch.setattr(train.distributed, "LOCAL_WORLD_SIZE", 8)
+    assert train.resume_command(args) == "torchrun --nproc-per-node=8 train.py --resume --dataset digits"
+    args = train.parse(["--port", "9000", "--no-visdom"])
+    assert train.resume_command(args).endswith("train.py --resume --port 9000 --no-visdom")
 
 
 @pytest.fixture(scope="module")

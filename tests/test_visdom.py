@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -612,6 +613,37 @@ def test_short_run_waits_for_a_server_that_starts_slowly(port, tmp_path, monkeyp
     assert (
         "Train Loss" in json.loads((tmp_path / "runs/visdom/mine.json").read_text(encoding="utf-8"))["jsons"]
     )
+
+
+def test_filters_stay_when_a_run_is_resumed(port, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, history = make(port)
+    with page:
+        page.filters = torch.randn(64, 3, 7, 7), dict(conv1=0.25), 4
+        wait_for(lambda: "Filters" in panes(port, "mine"))
+    resumed, _ = make(port)
+    with resumed:
+        assert "All 64" in wait_for(lambda: panes(port, "mine")["Filters"]["content"])
+
+
+def test_server_that_hangs_is_a_connection_error(monkeypatch):
+    answer = SimpleNamespace(text="[]", raise_for_status=lambda: None)
+    monkeypatch.setattr(requests.Session, "post", lambda *args, **options: answer)
+    connected = client.connect(1, "main")
+    assert connected.get_env_list() == []
+    monkeypatch.setattr(requests.Session, "post", mock.Mock(side_effect=requests.ReadTimeout))
+    with pytest.raises(ConnectionError):
+        connected.get_env_list()
+
+
+def test_proxy_of_the_system_is_kept(monkeypatch):
+    """Windows and macOS have it in their settings, which Python reads only where no variable names any."""
+    for name in "NO_PROXY", "no_proxy", "https_proxy":
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    runpy.run_path(client.__file__)
+    assert os.environ["https_proxy"] == "http://proxy:3128" and os.environ["no_proxy"] == "127.0.0.1"
 
 
 def test_page_shows_the_filters_and_how_many_maps_are_silent(port, tmp_path, monkeypatch):

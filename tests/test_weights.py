@@ -84,6 +84,7 @@ class Stage(nn.Module):
 FORMS = {  # what a state dict comes in
     "plain": lambda state: state,
     "state_dict": lambda state: dict(epoch=3, state_dict=state),
+    "with classes": lambda state: dict(model=state, classes=["ant", "bee"], size=64, mean=None),
     "model": lambda state: dict(optimizer=dict(state={}, param_groups=[]), model=state),
     "nested": lambda state: dict(checkpoint=dict(ema=None, net=state)),
     "parallel": lambda state: dict(state_dict={f"module.{k}": v for k, v in state.items()}),
@@ -303,7 +304,7 @@ def test_training_starts_from_other_weights_and_says_so(run, tmp_path, capsys, m
     torch.testing.assert_close(new["conv1.conv.weight"], theirs(1000).conv1.weight)
     with pytest.raises(SystemExit):
         train.main([*flags, "--init", str(tmp_path / "none.pth")])
-    assert "no weights in" in capsys.readouterr().err
+    assert "no weights in" in (error := capsys.readouterr().err) and "--init names others" in error
 
 
 def test_shipped_weights_begin_at_their_accuracy():

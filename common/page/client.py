@@ -20,7 +20,10 @@ from common.cli import UserError, make_folder, print_last
 from common.page import front
 from common.page.tiles import tile
 
-# A proxy is for the web, not for this machine.
+# A proxy is for the web, not for this machine. What Windows and macOS know of proxies is forgotten once the
+# environment says anything about them, so that goes there first.
+for scheme, proxy in urllib.request.getproxies().items():
+    os.environ.setdefault(f"{scheme}_proxy", proxy)
 for variable in ("NO_PROXY", "no_proxy"):
     os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
 
@@ -80,7 +83,10 @@ def connect(port, env, events=False):
 
         def get_env_list(self):
             """The names of the pages: visdom 0.3's own asks for the panes of one of them."""
-            return json.loads(self._handle_post(f"{address(port)}/env_state", "{}"))
+            try:
+                return json.loads(self._handle_post(f"{address(port)}/env_state", "{}"))
+            except OSError as error:  # those of requests are no ConnectionError
+                raise ConnectionError(error)
 
     logging.getLogger("visdom").setLevel(logging.CRITICAL)
     return Client("http://127.0.0.1", port=port, env=env, use_incoming_socket=events, raise_exceptions=True)
