@@ -182,7 +182,8 @@ class Page:
         axes["margin"] = dict(l=85, r=6, t=6, b=75)
         client.draw(self._client, "Confusion", [trace], "predicted class", "true class", (445, 335), **axes)
         worst = inside.mistakes(labels, logits, classes)[:18]
-        captions = [f"image {n}:<br>{said} {sure:.0%},<br>is {name}" for n, name, said, sure in worst]
+        text = "image {0}:<br>{2} {3:.0%},<br>is {1}"  # its number, and what the network takes it for
+        captions = [text.format(*row) for row in worst]
         opts, title = dict(width=410, height=335), "Most confident mistakes"
         if not self.settings.get("holdout"):  # else they are no test images, which the explorer opens
             title += ": click one to see why"

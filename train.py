@@ -395,7 +395,7 @@ def start_or_resume(args, device):
     if distributed.RANK == 0:
         counts = figures.confusion_matrix(dataset.test_labels, logits).tolist()
         rows = [["class", *dataset.classes], *([name, *row] for name, row in zip(dataset.classes, counts))]
-        checkpoint.save_table(rows, args.out / "confusion.csv")
+        print(checkpoint.save_table(rows, args.out / "confusion.csv"))
     flag = f"--weights {cli.quote(str(args.out / 'weights.pt'))}"
     flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
     print(f"look inside it: python test_recon_conv5.py {flag}{flags}")
@@ -417,7 +417,8 @@ def evaluate_weights(args, device):
     client.save_figure(figures.confusion(counts, dataset.classes, title), args, "confusion.png")
     mistakes = inside.mistakes(dataset.test_labels, logits, dataset.classes)
     rows = [[*row[:3], f"{row[3]:.4f}"] for row in mistakes]
-    checkpoint.save_table([["number", "class", "said", "confidence"], *rows], args.out / "mistakes.csv")
+    rows.insert(0, ["number", "class", "predicted", "confidence"])
+    print(checkpoint.save_table(rows, args.out / "mistakes.csv"))
     if mistakes:
         flags = non_default_flags(args, weights="None", dataset="cifar10", data="data")
         command = f"python -m extras.decision --image NUMBER{flags}" if dataset.test_split == "test" else None

@@ -36,12 +36,12 @@ def atomic_write(path):
 
 
 def save_table(rows, path):
-    """Writes `rows` of cells as CSV by `atomic_write`, and prints the path."""
+    """Writes `rows` of cells as CSV by `atomic_write`; returns the path."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
-    print(path)
+    return path
 
 
 def save(content, path):

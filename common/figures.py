@@ -304,10 +304,10 @@ def mistakes(images, rows, split, command=None):
     figure = Figure(figsize=(13, 1.2 + 1.75 * math.ceil(count / 10)), layout="constrained")
     figure.suptitle(f"The {count} most confident of {len(rows):,} mistakes on the {split} set")
     cells = list(figure.subplots(math.ceil(count / 10), 10, squeeze=False).flat)
-    for axes, (number, name, said, confidence) in zip(cells, rows):
+    for axes, (number, name, predicted, confidence) in zip(cells, rows):
         show(axes, images[number])
         axes.set_title(f"{number}: {name}", fontsize=8)
-        axes.set_xlabel(f"{said} {confidence:.1%}", fontsize=8, color="#b03a16")
+        axes.set_xlabel(f"{predicted} {confidence:.1%}", fontsize=8, color="#b03a16")
     for axes in cells[count:]:
         axes.set_axis_off()
     text = "Above an image: its number and what it is. Below it: what the network says, and its confidence."

@@ -1,4 +1,5 @@
-"""Muon, an optimizer for convolutions (Jordan 2024, https://kellerjordan.github.io/posts/muon/)."""
+"""Muon, an optimizer for convolutions (Jordan 2024, https://kellerjordan.github.io/posts/muon/), with three
+steps of its iteration and weights of a fixed norm, as in https://github.com/KellerJordan/cifar10-airbench."""
 
 import torch
 
@@ -35,7 +36,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
-                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                if weight not in self.state:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momentum = self.state[weight]["momentum"]
                 momentum.mul_(group["momentum"]).add_(weight.grad)
                 gradient = weight.grad.add(momentum, alpha=group["momentum"]).flatten(1)
                 direction = orthogonalize(gradient, group["precision"]).view_as(weight)

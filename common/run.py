@@ -4,8 +4,6 @@ Its files are last.pt (all it takes to resume), weights.pt (all it takes to look
 metrics.csv and their curves, and at its end confusion.csv."""
 
 import contextlib
-import csv
-import io
 import itertools
 import math
 import os
@@ -182,10 +180,7 @@ class Run:
         if epochs:
             tables["metrics.csv"] = [epochs[0].keys(), *(row.values() for row in epochs)]
         for name, rows in tables.items():
-            text = io.StringIO()
-            csv.writer(text).writerows(rows)
-            with checkpoint.atomic_write(self.out / name) as file:
-                file.write(text.getvalue().encode())
+            checkpoint.save_table(rows, self.out / name)
 
     def _draw_curves(self):
         """Figures 6.1 and 6.2."""

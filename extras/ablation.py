@@ -66,7 +66,7 @@ def main(argv=None):
     names = "left out", "none", *range(len(means))
     rows = [["all", *classes], *([f"{value:.4f}" for value in row] for row in table.tolist())]
     rows = [[name, *row] for name, row in zip(names, rows)]
-    checkpoint.save_table(rows, cli.make_folder(args.out) / "ablation.csv")
+    print(checkpoint.save_table(rows, cli.make_folder(args.out) / "ablation.csv"))
     figure, line = draw(classes, table, together)
     save_figure(figure, args, "ablation.png")
     losses, labels = (table[0, 1:] - table[1:, 1:]).max(1)

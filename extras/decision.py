@@ -29,11 +29,11 @@ def draw(network, image, name, x, names=()):
     `names`, or what the test image is, or the second most probable. Raises `UserError`."""
     model, classes = network.model, network.classes
     probabilities = model(x)[0].detach().softmax(0)
-    said, truth = classes[probabilities.argmax()], name.removeprefix("test image ").partition(": ")[2]
-    names = names or [c for c in classes if c == truth != said]
+    predicted, truth = classes[probabilities.argmax()], name.partition(": ")[2]
+    names = names or [c for c in classes if c == truth != predicted]
     labels = inside.choose_classes(probabilities, classes, names)
     if len(labels) != 2:
-        raise cli.UserError(f"the network says {said}: --class takes one other class")
+        raise cli.UserError(f"the network says {predicted}: --class takes one other class")
     maps, logits, parts, strongest = decide(model, x, labels)
     a, b = (classes[label] for label in labels)
     figure, lines = figures.Figure(figsize=(13, 12.5), layout="constrained"), []

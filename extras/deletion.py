@@ -1,6 +1,6 @@
 """Which evidence to believe: how fast the probability of the predicted class falls as the pixels with the
-most evidence for it are blurred away, compared with a random order (the deletion curve of Petsiuk et al.
-2018, https://arxiv.org/abs/1806.07421).
+most evidence for it are blurred away, compared with a random order (after the deletion curve of Petsiuk et
+al. 2018, https://arxiv.org/abs/1806.07421, who set them to 0; blurred pixels add no edges).
 
 python -m extras.deletion"""
 
@@ -79,7 +79,7 @@ def main(argv=None):
     curves = measure(network, images)
     rows = [[method, *(f"{value:.3f}" for value in values)] for method, values in summary(curves).items()]
     rows.insert(0, ["evidence", "area", "standard deviation", "smaller than random"])
-    checkpoint.save_table(rows, cli.make_folder(args.out) / "deletion.csv")
+    print(checkpoint.save_table(rows, cli.make_folder(args.out) / "deletion.csv"))
     save_figure(draw(curves), args, "deletion.png")
     for cells in rows:
         print("{:<21} {:>6} {:>19} {:>20}".format(*cells))

@@ -40,9 +40,8 @@ def filters(network, images):
     images |= {f"filters_{name}": figure for name, figure in figures.filter_grids(weight)}
     peaks = weight.abs().amax((2, 3))  # of each filter in each channel
     number, channel = divmod(int(peaks.argmax()), 3)
-    flat = weight.flatten(2) - weight.mean((2, 3))[..., None]
-    flat = flat / flat.norm(dim=2, keepdim=True).clamp(min=1e-12)
-    alike = (flat @ flat.mT).amin((1, 2)) > 0.9  # the correlations of the channels
+    grey = 3 * weight.mean(1).square().sum((1, 2))  # the energy that is the same in all channels, of all
+    alike = grey > 0.5 * weight.square().sum((1, 2, 3))
     weak = peaks.amax(1) < 0.1 * peaks.max()
     found = dict(largest=float(peaks.max()), number=number, color=("red", "green", "blue")[channel])
     return found | dict(alike=int(alike.sum()), weak=int(weak.sum()), count=len(weight))
@@ -138,8 +137,8 @@ def classes(network, history, counts, images):
     title = f"Confusion matrix of the {split} set (accuracy {accuracy:.2%})"
     images["confusion"] = figures.confusion(history.counts, history.classes, title)
     wrong = history.counts - history.counts.diagonal().diag()
-    true, said = (history.classes[label] for label in divmod(int(wrong.argmax()), len(wrong)))
-    return dict(split=split, count=int(wrong.max()), true=true, said=said)
+    true, predicted = (history.classes[label] for label in divmod(int(wrong.argmax()), len(wrong)))
+    return dict(split=split, count=int(wrong.max()), true=true, predicted=predicted)
 
 
 def collect(args, other):

@@ -97,6 +97,15 @@ def test_it_tells_this_networks_own_numbers(run, write):
     assert command in text
 
 
+def test_filters_that_respond_to_brightness_are_counted(changed, write):
+    def paint(saved):
+        weight = saved["model"]["conv1.conv.weight"]
+        weight[:10] = weight[:10, :1]  # grey edges
+        weight[10:] -= weight[10:].mean(1, keepdim=True)  # only differences between the channels
+
+    assert "In 10 of the 64 filters, most of the energy" in words(write(changed(paint)))
+
+
 def test_what_weights_lack_is_said(changed, write):
     def strip(saved):
         for key in ("settings", "accuracy"):

@@ -122,8 +122,8 @@ class Explorer:
         model, classes, truth = self.network.model, self.network.classes, self.image.partition(": ")[2]
         parts = inside.contributions(model, inside.mean_activations(self.maps))
         logits = parts.sum(1) + model.fc.bias.detach()
-        said = classes[logits.argmax()]
-        names = [truth] if truth in classes and truth != said else []
+        predicted = classes[logits.argmax()]
+        names = [truth] if truth in classes and truth != predicted else []
         labels = inside.choose_classes(logits, classes, names)
         if len(labels) < 2:
             return None
@@ -232,8 +232,9 @@ class Explorer:
         conv5_x, which are known of all of them, are all that their logits depend on."""
         fc, means = self.network.model.fc, self.found["conv5_x"][3]
         logits = means.T @ fc.weight.detach().cpu().T + fc.bias.detach().cpu()
-        for index, _, said, _ in inside.mistakes(self.test_labels, logits, self.network.classes)[:LISTED]:
-            self.taken_for[self._add_test_image(index)] = f", taken for {said}"
+        mistakes = inside.mistakes(self.test_labels, logits, self.network.classes)
+        for index, _, predicted, _ in mistakes[:LISTED]:
+            self.taken_for[self._add_test_image(index)] = f", taken for {predicted}"
         own = [name for name in self.images if not name.startswith("test image ")]
         self.images = {
             name: self.images[name] for name in dict.fromkeys([*own, *self.taken_for, *self.images])
