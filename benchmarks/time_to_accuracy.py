@@ -9,7 +9,10 @@ from pathlib import Path
 from common import cli
 
 REPORT = 0.8633  # test accuracy at 224×224
-RUNS = ["weights", *(f"docs/runs/{run}" for run in "quick quick_cpu averaged jitter sgd assignment".split())]
+RUNS = [
+    "weights",
+    *(f"docs/runs/{run}" for run in "quick quick_cpu quick_zen4 averaged jitter sgd assignment".split()),
+]
 
 
 def minutes(rows, accuracy):

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import lzma
 import pickle
 import tarfile
 import time
@@ -29,7 +30,7 @@ def load(folder, places, splits):
     for place in places:
         try:
             return _read(place, splits)
-        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0].strip(":")
             if place.is_file() and (place == folder or not _is_cut(place)):
                 way_out = (

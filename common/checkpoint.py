@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import re
+import uuid
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ def atomic_write(path):
     """A binary file to write, in a folder that is made if need be: at every instant `path` is the whole old
     file or the whole new one. Raises `UserError` if it cannot be written."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

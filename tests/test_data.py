@@ -356,7 +356,7 @@ def test_what_is_left_out_is_told(tmp_path, capsys):
         kind = {"a.jfif": "JPEG", "b.JPE": "JPEG", "e.pbm": "PPM"}.get(name, name[2:])
         Image.new("RGB", (40, 40), (0, i, 0)).save(tmp_path / "train" / "cat" / name, kind)
     assert len(data.load("cifar10", tmp_path).train_images) == 15
-    assert "left out" not in capsys.readouterr().out
+    assert "ignored" not in capsys.readouterr().out
     for name in ("a.heic", "b.HEIC", "c.txt", "none"):
         (tmp_path / "train" / "cat" / name).touch()
     (tmp_path / "test" / "kitten").mkdir()

@@ -29,10 +29,11 @@ FILTERS = ["filters_channel_0.png", "filters_channel_1.png", "filters_channel_2.
 
 
 @pytest.fixture
-def flags(run, tmp_path, monkeypatch):
-    """Flags for a figure script, in an empty folder."""
+def flags(run, tmp_path, monkeypatch, free_port):
+    """Flags for a figure script, in an empty folder and where nobody has a page."""
     monkeypatch.chdir(tmp_path)
-    return ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--out", "out"]
+    flags = ["--dataset", "digits", "--weights", str(run / "weights.pt"), "--out", "out"]
+    return [*flags, "--port", str(free_port)]
 
 
 def figures_in(folder):

@@ -122,7 +122,7 @@ def test_page_draws_what_the_run_appends_and_ends_with_it(port, tmp_path, monkey
         assert all(link.endswith(f"image={number}") for link, number, _ in links)
 
         if sys.platform == "linux":  # it listens on 127.0.0.1 and nowhere else
-            sockets = [line.split() for kind in ("tcp", "tcp6") for line in open(f"/proc/net/{kind}")]
+            sockets = [line.split() for file in Path("/proc/net").glob("tcp*") for line in open(file)]
             listening = [fields[1] for fields in sockets if fields[3] == "0A"]
             assert [a for a in listening if a.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
     assert page.server.poll() is not None and not client.is_listening(port)
@@ -524,7 +524,7 @@ def test_images_to_explore_are_never_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "create_connection", lambda *args, **options: pytest.fail("a download"))
     (tmp_path / "photos").mkdir()
-    for name in "b.png", "a.jpg", "photos/b.png", "photos/note.txt":
+    for name in "b.png", "a.jpg", "photos/b.png", "photos/note.txt", "photos/._b.png":
         Image.new("RGB", (40, 40)).save(tmp_path / name, "PNG")
 
     def chosen(*images):
@@ -634,6 +634,7 @@ def test_server_that_hangs_is_a_connection_error(monkeypatch):
     monkeypatch.setattr(requests.Session, "post", mock.Mock(side_effect=requests.ReadTimeout))
     with pytest.raises(ConnectionError):
         connected.get_env_list()
+    connected.save(["main"])  # that a page is not saved ends nothing
 
 
 def test_proxy_of_the_system_is_kept(monkeypatch):
@@ -644,6 +645,9 @@ def test_proxy_of_the_system_is_kept(monkeypatch):
     monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
     runpy.run_path(client.__file__)
     assert os.environ["https_proxy"] == "http://proxy:3128" and os.environ["no_proxy"] == "127.0.0.1"
+    monkeypatch.setenv("no_proxy", "*")
+    runpy.run_path(client.__file__)
+    assert os.environ["no_proxy"] == "*"
 
 
 def test_page_shows_the_filters_and_how_many_maps_are_silent(port, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ def own_images(args, network):
     for image in args.image:
         if Path(image).is_dir():
             files = sorted(file for file in Path(image).iterdir() if file.suffix.lower() in EXTENSIONS)
+            files = [file for file in files if file.name[0] != "."]  # such as those that a Mac adds
             if not files:
                 raise cli.UserError(f"no images in the folder {image}: name another, or an image file")
             found |= {file.name if file.name not in found else str(file): file for file in files}

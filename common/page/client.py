@@ -25,7 +25,8 @@ from common.page.tiles import tile
 for scheme, proxy in urllib.request.getproxies().items():
     os.environ.setdefault(f"{scheme}_proxy", proxy)
 for variable in ("NO_PROXY", "no_proxy"):
-    os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
+    if os.environ.get(variable) != "*":  # which is for all, but only alone
+        os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
 
 PAGES = "runs/visdom"  # where the server keeps what the pages show
 TIMEOUT = 10  # seconds in which a server answers, also on a machine that is busy
@@ -87,6 +88,10 @@ def connect(port, env, events=False):
                 return json.loads(self._handle_post(f"{address(port)}/env_state", "{}"))
             except OSError as error:  # those of requests are no ConnectionError
                 raise ConnectionError(error)
+
+        def save(self, envs):
+            with contextlib.suppress(ConnectionError):  # on a full disk the pages are there all the same
+                super().save(envs)
 
     logging.getLogger("visdom").setLevel(logging.CRITICAL)
     return Client("http://127.0.0.1", port=port, env=env, use_incoming_socket=events, raise_exceptions=True)

@@ -75,6 +75,7 @@ def serve(port, path):
     set_aside_damaged(path)
     show_front_page()
     keep_toolbar_in_one_row()
+    os.environ.setdefault("USERNAME", "you")  # visdom 0.2 asks for a name; some users of containers have none
     logging.disable()  # else the web framework tells on the terminal what it could not answer
     app.tornado_settings["autoreload"] = False  # else an edit to any module would restart it, empty
 
