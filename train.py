@@ -343,9 +343,9 @@ def non_default_flags(args, **defaults):
 def resume_command(args):
     """The command that resumes the run that these flags started."""
     processes = distributed.LOCAL_WORLD_SIZE
-    several_machines = distributed.WORLD_SIZE > processes
-    start = f"torchrun {'…' if several_machines else f'--nproc-per-node={processes}'}"
-    start = "python" if distributed.WORLD_SIZE == 1 else start
+    start = "python" if distributed.WORLD_SIZE == 1 else f"torchrun --nproc-per-node={processes}"
+    if distributed.WORLD_SIZE > processes:  # on several machines, whose flags only torchrun knows
+        start = "torchrun …"
     defaults = dict(out=f"runs/{args.dataset}", dataset="cifar10", data="data", device="auto", accumulate="1")
     flags = non_default_flags(args, **defaults, port="8097")
     return f"{start} train.py --resume{flags}{' --sync-bn' * args.sync_bn}{' --no-visdom' * args.no_visdom}"

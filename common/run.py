@@ -248,9 +248,10 @@ def load_for_resume(args):
         settings["sizes"] = (settings["sizes"] + settings["sizes"][-1:] * args.epochs)[: args.epochs]
     for flag, value in values.items():
         if (requested := getattr(args, flag)) not in (None, "auto", value):
-            flag_and_value = f"--{flag.replace('_', '-')}" + f" {value}" * (value is not None)
-            problem = f"the run in {args.out} has {'no ' * (value is None)}{flag_and_value}, not {requested}"
-            way_out = f"resume it with{'out' * (value is None)} that, or start another with --out"
+            name = f"--{flag.replace('_', '-')}"
+            has, how = (f"no {name}", "without") if value is None else (f"{name} {value}", "with")
+            problem = f"the run in {args.out} has {has}, not {requested}"
+            way_out = f"resume it {how} that, or start another with --out"
             if flag == "epochs":
                 way_out += f", from its weights with --init {args.out / 'weights.pt'}"
             raise UserError(f"{problem}: {way_out}")
