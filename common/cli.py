@@ -228,12 +228,15 @@ def parser(description, *flags, **defaults):
 
 
 def make_folder(path, way_out="name another with --out"):
-    """The folder `path`, made if it is not there yet. Raises `UserError`, which tells the way out."""
+    """The folder `path`, made if it is not there yet, to write to. Raises `UserError`, which tells the way
+    out."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {path} ({error.strerror}): {way_out}")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write to the folder {path}: {way_out}")
     return path
 
 

@@ -106,15 +106,26 @@ def _to_8_bits(image):
     return Image.fromarray((255 * values).round().astype(np.uint8))
 
 
+def is_image_file(path):
+    """Whether that is the name of an image file, and not a hidden one, such as those that a Mac adds."""
+    name = Path(path).name
+    return name[0] != "." and Path(name).suffix.lower() in EXTENSIONS
+
+
 class Photographs:
     """The image files in a folder and in those below it, as networks of photographs see them: uint8 [3, crop,
     crop] each, read when it is asked for. Raises `UserError` if there are none, or one cannot be read."""
 
     def __init__(self, folder, crop):
-        files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS)
-        self.folder, self.crop = Path(folder), crop
-        hidden = {path for path in files if "/." in f"/{path.relative_to(folder).as_posix()}"}
-        self.paths = [path for path in files if path not in hidden]
+        self.folder, self.crop, self.paths, seen = Path(folder), crop, [], set()
+        for parent, folders, files in os.walk(folder, followlinks=True):
+            if (real := os.path.realpath(parent)) in seen:  # links may lead in a circle
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if name[0] != "."]  # hidden
+            self.paths += [Path(parent, name) for name in files if is_image_file(name)]
+        self.paths.sort()
         if not self.paths:
             raise UserError(f"no images in {folder}: --data names a folder of image files")
 

@@ -699,6 +699,42 @@ def test_link_of_a_mistake_says_what_to_type_where_no_explorer_is_open(port, tmp
     assert answer(image="x").url.endswith("/env/main") and answer().url.endswith("/env/main")
 
 
+def test_only_one_explorer_opens_on_a_port(port, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--explore", "--dataset", "digits", "--weights", str(run / "weights.pt"), "--port", str(port)]
+    client.start_server(port)
+    wait_for(lambda: client.is_listening(port))
+    fields = [dict(type="button", name="or one", value="at random")]
+    client.connect(port, "explore").properties(fields, win="Choose")
+    assert not client.is_explorer_open(port)  # it was killed
+    page = client.connect(port, "explore", events=True)
+    wait_for(lambda: client.is_explorer_open(port))
+    with pytest.raises(SystemExit) as stop:
+        Myvisdom.main(flags)
+    assert stop.value.code == 2 and f"an explorer is open on port {port}" in capsys.readouterr().err
+    assert "Choose" in panes(port, "explore")
+    page.use_socket = False  # else it goes on trying
+
+
+@pytest.mark.parametrize("flags", [[], ["--explore", "--dataset", "digits"]])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_pages_that_cannot_be_kept_are_not_the_ports_fault(
+    flags, is_folder, free_port, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assets, "ensure", lambda: None)
+    pages = tmp_path / client.PAGES
+    pages.parent.mkdir()
+    pages.mkdir() if is_folder else pages.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != client.PAGES)  # root may write anywhere
+    flags = [*flags, "--weights", str(run / "weights.pt"), "--port", str(free_port)]
+    with pytest.raises(SystemExit) as stop:
+        Myvisdom.main(flags)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"the folder {client.PAGES}" in said and said.endswith(": start this in another folder\n")
+
+
 @pytest.fixture
 def explored(run):
     """(an explorer whose page is a mock, the digits)."""

@@ -267,6 +267,9 @@ def test_the_nine_of_a_folder_of_photographs(references, tmp_path, monkeypatch, 
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(folder / f"{n:02}.png")
     (tmp_path / "photos/.hidden.png").write_bytes(b"")
+    (tmp_path / "photos/class0").rename(tmp_path / "elsewhere")  # and a link in its place
+    (tmp_path / "photos/class0").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "photos")
     found = images.Photographs("photos", 64)
     assert len(found) == 11 and found.name(0) == "class0" and found[0].shape == (3, 64, 64)
     flags = "--weights x.pth --size 64 --data photos --layer conv2_x --map 3".split()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common import cli, data
-from common.images import EXTENSIONS
+from common.images import is_image_file
 
 PHOTOGRAPHS = {"a cat": "chelsea.png", "a horse": "horse.png", "a rocket": "rocket.jpg"}  # of scikit-image
 
@@ -14,8 +14,7 @@ def own_images(args, network):
     found = {}
     for image in args.image:
         if Path(image).is_dir():
-            files = sorted(file for file in Path(image).iterdir() if file.suffix.lower() in EXTENSIONS)
-            files = [file for file in files if file.name[0] != "."]  # such as those that a Mac adds
+            files = sorted(filter(is_image_file, Path(image).iterdir()))
             if not files:
                 raise cli.UserError(f"no images in the folder {image}: name another, or an image file")
             found |= {file.name if file.name not in found else str(file): file for file in files}

@@ -49,6 +49,14 @@ def is_listening(port):
     raise UserError(f"port {port} is used by another program: choose another --port")
 
 
+def is_explorer_open(port):
+    """Whether an explorer answers the clicks on its page, on our server on `port`."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        with urllib.request.urlopen(f"{address(port)}/env/explore?is_open=1", timeout=TIMEOUT) as answer:
+            return answer.read(9) == b"True"
+    return False
+
+
 def start_server(port):
     """Starts a visdom server for this machine only, as a process of its own; returns the process."""
     # -P: common/page/ is not on its path. Ctrl-C is for the run, which ends the server itself.

@@ -299,7 +299,12 @@ def explore(args):
         image, name = data.select_image("0", args.dataset, args.data, network.classes)
         images = {name: image}
     assets.ensure()
-    server = None if client.is_listening(port) else client.start_server(port)
+    server = None
+    if not client.is_listening(port):
+        cli.make_folder(client.PAGES, "start this in another folder")
+        server = client.start_server(port)
+    elif client.is_explorer_open(port):
+        raise cli.UserError(f"an explorer is open on port {port}: end it, or choose another --port")
     try:
         while not client.is_listening(port):
             if server.poll() is not None:

@@ -27,6 +27,8 @@ def show_front_page():
     get = web_handlers.EnvHandler.get
 
     def get_page(handler, name):
+        if name == "explore" and handler.get_argument("is_open", ""):  # `client.is_explorer_open` asks
+            return handler.write(str(is_explorer_open(handler)))
         if name == "explore" and handler.get_argument("image", "").isdecimal():
             return open_in_explorer(handler)
         return get(handler, name) if name in handler.state else handler.redirect("/env/main")
@@ -42,6 +44,11 @@ def keep_toolbar_in_one_row():
     web_handlers.EnvHandler.render_string = lambda *args, **fields: render(*args, **fields) + style
 
 
+def is_explorer_open(handler):
+    """Whether an explorer answers the clicks on its page."""
+    return bool(handler.sources) and "Choose" in handler.state.get("explore", {}).get("jsons", {})
+
+
 def open_in_explorer(handler):
     """Answers the link of a mistake: an explorer that runs is told to open that image, by an event as those
     that the browser sends it; where none runs, the answer is what to type."""
@@ -49,10 +56,9 @@ def open_in_explorer(handler):
     usual = "", "cifar10", "data"
     given = " ".join(f"--{key} {shlex.quote(value)}" for key, value in flags.items() if value not in usual)
     command = f"<code>python Myvisdom.py --explore {html.escape(given)}</code>"
-    if handler.sources and "explore" in handler.state and "Choose" in handler.state["explore"]["jsons"]:
-        send_to_sources(
-            handler, dict(flags, eid="explore", target="Choose", event_type="Open", command=command)
-        )
+    if is_explorer_open(handler):
+        event = dict(flags, eid="explore", target="Choose", event_type="Open", command=command)
+        send_to_sources(handler, event)
         return handler.redirect("/env/explore")
     style = "font:16px sans-serif;line-height:1.7;margin:60px"
     handler.write(f"<title>The explorer</title><div style='{style}'>No explorer is open. In a terminal,<br>"
