@@ -92,7 +92,7 @@ def parse(argv):
         "other scripts, imagenet too")  # fmt: skip
     add("--save-every", type=real, default=5, metavar="MINUTES", help="save within an epoch too (default: 5)")
     add("--evaluate", action="store_true", help="evaluate --weights and train nothing")
-    add("--accumulate", type=whole, default=1, metavar="K", help="take each batch in K parts, to save memory")
+    add("--accumulate", type=whole, default=1, metavar="K", help="split each batch into K micro-batches")
     add("--sync-bn", action="store_true", help="batch norms see the whole batch (with torchrun on CUDA only)")
     add("--no-visdom", action="store_true", help="no live page")
     args = parser.parse_args(argv)
@@ -384,6 +384,7 @@ def start_or_resume(args, device):
         run = Run(settings, dataset, args.out, device, saved, init)
         stack.enter_context(run.explain_failures(args.accumulate))
         page_settings = settings | dict(device=str(device), schedule=schedule(sizes))
+        page_settings["training images"] = page_settings.pop("pictures")
         page_settings |= dict(batch_size=run.batch_size, weights=str(args.out / "weights.pt"), data=args.data)
         page = page_class(run.history, page_settings, dataset.classes, run.steps, args.port)
         signal_number = train(run, dataset, page, args.save_every, args.accumulate, args.sync_bn)

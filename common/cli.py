@@ -198,9 +198,10 @@ FLAGS = {
     "image": dict(metavar="N|FILE", help="image N of the test set, counted from 0, or an image file "
         "(default: 0, or without CIFAR-10 a photograph of a cat)"),
     "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare with "
-        "the predicted one; may be given more than once (default: the second most probable)"),
+        "the predicted one; where several can be drawn, it may be given more than once (default: the second "
+        "most probable, or for extras.decision that of a test image that the network gets wrong)"),
     "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
-        "or, of one image, strongest:K by mean activation (default: %(default)s)"),
+        "where it is about one image, also strongest:K by mean activation (default: %(default)s)"),
     "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "
         "the signal back (default: guided)"),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),

@@ -101,7 +101,7 @@ def _add_control(figure, layer, pattern, correlation):
     """Draws a control in the lower row of a figure by `side_by_side`, with its verdict; returns its axes."""
     cells = figure.axes[0].get_subplotspec().get_gridspec()
     text, axes = figure.add_subplot(cells[1, :-1]), figure.add_subplot(cells[1, -1])
-    meaning = "1 means that the same pixels stand out in both, 0 that they have nothing in common."
+    meaning = "(1 means that the same pixels stand out in both; 0, that they have nothing in common.)"
     verdict = textwrap.fill(f"{inside.describe_control(layer, correlation)} {meaning}", 66)
     text.text(0, 0.6, verdict, va="center")
     text.set_axis_off()
@@ -256,16 +256,17 @@ def accuracy_curve(epochs, last_size, title):
     """Figure 6.1: accuracy after each epoch, on the test set and in training; `epochs` are rows of
     metrics.csv, `last_size` the size that the run ends at. Dotted lines show where the size changes."""
     axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    grows = any(row["size"] != last_size for row in epochs)
     for key, label, style, color in (
         ("test_accuracy", "validation", "o-", "#1f4e8c"),
         ("train_accuracy", "training", "o-", "#e4572e"),
         ("last_size_accuracy", f"validation at {last_size} px", "s--", "#2a9d8f"),
     ):
         rows = [row for row in epochs if row[key] is not None]
-        if key != "last_size_accuracy" or any(row["size"] != last_size for row in rows):
+        if key != "last_size_accuracy" or grows:
             x, y = [row["epoch"] for row in rows], [100 * row[key] for row in rows]
             axes.plot(x, y, style, ms=3, color=color, label=label)
-    for size, rows in itertools.groupby(epochs, lambda row: row["size"]):
+    for size, rows in itertools.groupby(epochs if grows else [], lambda row: row["size"]):
         left = next(rows)["epoch"] - 0.5
         axes.axvline(left, color="grey", lw=0.8, ls=":")
         axes.text(left, 0.01, f" {size} px", transform=axes.get_xaxis_transform(), color="grey", fontsize=8)

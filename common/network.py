@@ -50,9 +50,15 @@ class Network(NamedTuple):
 
 
 def weights_path(path, dataset):
-    """The file that --weights names, or without it the user's own run or else the reference network."""
+    """The file that --weights names, or without it the user's own run or else the reference network. Raises
+    `UserError` if that is only for another data set."""
     own = Path(f"runs/{dataset}/weights.pt")
-    return path or (REFERENCE if dataset == "cifar10" and not own.exists() else own)
+    if path or own.exists():
+        return path or own
+    if dataset != "cifar10":
+        way_out = f"python train.py --dataset {dataset} makes them, --weights names others"
+        raise UserError(f"no weights in {own}: {way_out}")
+    return REFERENCE
 
 
 def load_network(path, dataset, device, **given):

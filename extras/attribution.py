@@ -66,6 +66,7 @@ def draw(network, image, name, x, names=()):
     axes = figure.subplots(len(labels), 1 + len(METHODS), squeeze=False)
     for row, label in zip(axes, labels):
         figures.show(row[0], image)
+        row[0].set_anchor("S")  # as the colorbars do with the others
         row[0].set_ylabel(f"{network.classes[label]}\n(probability {probabilities[label]:.1%})")
     for column, (method, function) in zip(axes.T[1:], METHODS.items()):
         evidence = torch.stack([function(network.model, x, label) for label in labels])

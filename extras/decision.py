@@ -12,7 +12,8 @@ TEXT = """Each column of the charts is one map of conv5_x: its mean activation t
 and a bias add up to the class's logit exactly, and the class with the largest logit is what the network says.
 Below: the three maps that speak most for {} and against {}, then the one that speaks most the other way; the
 pattern that each responds to, by guided backpropagation; and as a control the same from this network with
-random upper stages. If their rank correlation is above 0.6, the pattern is mostly the image's own edges."""
+random upper stages. If their rank correlation is above 0.6, the pattern mostly shows edges and areas of the
+image itself."""
 
 
 def decide(model, x, labels):

@@ -30,8 +30,8 @@ def draw(network, image, name, x, names=(), layer="conv5_x"):
     for axes, heat in zip(figure.axes[1:], evidence):
         shown = figures.overlay(axes, image, heat, float(evidence.max()))
     figure.colorbar(shown, ax=figure.axes[-1], label="evidence (one scale)", shrink=0.7)
-    text = f"""Bright areas are where maps of {layer} that raise this class's logit respond, each weighted by
-    how much it does. Their positions are coarse, and what speaks against the class is left out."""
+    text = f"""Bright areas are where maps of {layer} that raise this class's logit outweigh those that lower
+    it; where they do not, nothing is drawn. The positions are as coarse as these maps."""
     return figures.explain(figure, text)
 
 

@@ -66,7 +66,8 @@ def nine_and_nine(places, values, channel, layer, method):
             figures.show(axes, place[i])
             axes.set_xlabel(place[3] if i else f"{place[2]}, {value:.2f}", fontsize=8)
     text = """Control: the rank correlation with the pattern of this network with random upper stages, in the
-    rectangle that has 90 % of the pattern. Above 0.6, a pattern is mostly the image's own edges there."""
+    rectangle that has 90 % of the pattern. Above 0.6, a pattern mostly shows edges and areas of the image
+    itself there."""
     return figures.explain(figure, text)
 
 

@@ -18,7 +18,8 @@ from MyResnet import to_torchvision
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "data", "device")
+    parser = cli.parser(__doc__, "device")
+    parser.add_argument("--data", default="data", metavar="DIR", help="images in DIR/test/<class>/")
     parser.add_argument("--weights", default=REFERENCE, metavar="FILE", help="default: the shipped network")
     args = parser.parse_args(argv)
     saved = torch.load(args.weights, map_location="cpu", weights_only=True)

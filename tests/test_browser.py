@@ -155,7 +155,7 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
     assert (shown - expected).abs().max() <= 2
     screenshot(page, "explore")
 
-    layer, test_image, method = page.locator(".window select").all()
+    layer, method, test_image = page.locator(".window select").all()
     layer.select_option("conv3_x")
     page.get_by_text("The 128 maps of conv3_x").wait_for()
     method.select_option("gradient")
@@ -172,7 +172,7 @@ def test_click_on_a_map_draws_its_reconstruction(page, start, run):
                 plot.data?.[0].type == 'bar' && plot.data[0].marker?.color.indexOf('#e4572e') == number)""",
             arg=number,
         )
-    page.get_by_text("at random").click()
+    page.get_by_text("a random image").click()
     page.locator(CAPTION, has_text="test image 7:").wait_for(state="hidden")
 
 
@@ -212,7 +212,7 @@ def test_explorer_opens_at_once_without_data(page, start, free_port, tmp_path):
     page.goto(explore)
     page.get_by_text("with it, this pane would show test images").wait_for()
     page.locator(CAPTION, has_text="own.png").wait_for()
-    image = page.locator(".window select").nth(1)
+    image = page.locator(".window select").nth(2)
     names = ["own.png", "blue.png", "broken.png", "a cat", "a horse", "a rocket"]
     assert image.locator("option").all_inner_texts() == names
     image.select_option("a cat")
@@ -276,7 +276,7 @@ def test_click_on_a_mistake_leads_to_its_reason(page, start, run, free_port, tmp
     reason.locator(CAPTION, has_text=f"test image {number}: {truth};").wait_for()
     reason.get_by_text(f"Why {said} and not {truth}: what each map adds").wait_for()
     reason.get_by_text("Control, with random weights in conv4_x and conv5_x: rank corr").wait_for()
-    options = reason.locator(".window select").nth(1).locator("option")
+    options = reason.locator(".window select").nth(2).locator("option")
     wanted = f"test image {number}: {truth}, taken for {said}"
     reason.wait_for_function(
         """wanted => [...document.querySelectorAll('option')].some(option => option.innerText == wanted)""",

@@ -127,7 +127,7 @@ WRONG = [
     (train, "--resume --out run --epochs 9 --dataset digits", "from its weights with --init run/weights.pt"),
     (train, "--evaluate --weights nowhere.pt", "no weights in nowhere.pt"),
     (train, "--evaluate --weights run/weights.pt --data good", "other classes than those of cifar10: --data"),
-    (test_filter, "--dataset digits", "no weights in runs/digits/weights.pt: python train.py makes them"),
+    (test_filter, "--dataset digits", "runs/digits/weights.pt: python train.py --dataset digits makes them"),
     (test_filter, "--weights run", "no weights in run"),
     (test_filter, "--weights text.pt", "text.pt is not a checkpoint, or is damaged"),
     (test_filter, "--weights empty.pt", "empty.pt is not a checkpoint, or is damaged"),

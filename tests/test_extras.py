@@ -215,7 +215,7 @@ def test_control_of_a_position_tells_another_image():
 
 
 def test_a_verdict_is_given_only_above_its_limit():
-    verdict = "mostly shows the image's own edges"
+    verdict = "mostly shows edges and areas of the image itself"
     assert verdict in inside.describe_control("conv5_x", 0.61)
     assert verdict not in inside.describe_control("conv5_x", 0.6)
     assert "random weights in conv4_x and conv5_x: rank" in inside.describe_control("conv5_x.block1", 0.1)

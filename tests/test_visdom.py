@@ -770,15 +770,15 @@ def test_explorer_lists_mistakes_first_and_opens_the_one_that_is_linked(explored
     explored.found = responses.strongest(network, digits.test_images)
     explored._list_mistakes()
     fields = page.properties.call_args.args[0]
-    names = fields[1]["values"]
+    names = fields[2]["values"]
     taken_for = int(logits[worst].argmax())
     assert names[:2] == ["own.png", f"{explored.image}, taken for {taken_for}"]
     count = min(len(wrong), explorer.LISTED)
-    assert all(", taken for " in name for name in names[1 : 1 + count]) and fields[1]["value"] == 1
+    assert all(", taken for " in name for name in names[1 : 1 + count]) and fields[2]["value"] == 1
     assert not any(", taken for " in name for name in names[1 + count :])
-    explored.on_property(dict(event_type="PropertyUpdate", propertyId=1, value="0"))
+    explored.on_property(dict(event_type="PropertyUpdate", propertyId=2, value="0"))
     assert explored.image == "own.png"
-    explored.on_property(dict(event_type="PropertyUpdate", propertyId=1, value="1"))
+    explored.on_property(dict(event_type="PropertyUpdate", propertyId=2, value="1"))
     assert explored.image.startswith(f"test image {worst}:")
 
     explored.on_link(event(2, "other/weights.pt"))

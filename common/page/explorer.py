@@ -141,14 +141,14 @@ class Explorer:
         self._draw_pattern(control, inside.describe_control(self.layer, correlation))
 
     def _draw_choices(self):
-        self.choices = dict(layer=inside.STAGES, image=list(self.images), method=list(inside.RELU_BACKWARD))
+        self.choices = dict(layer=inside.STAGES, method=list(inside.RELU_BACKWARD), image=list(self.images))
         fields = []
         for attribute, values in self.choices.items():
             labels = [value + self.taken_for.get(value, "") for value in values]
             chosen = values.index(getattr(self, attribute))
             fields.append(dict(type="select", name=attribute, values=labels, value=chosen))
         # No field to type in: where a pane has an image, visdom swallows every key.
-        fields.append(dict(type="button", name="or one", value="at random"))
+        fields.append(dict(type="button", name="or", value="a random image"))
         self.page.properties(fields, win="Choose", opts=dict(title="Choose", width=LEFT, height=155))
 
     def _draw_grid(self):
