@@ -197,8 +197,7 @@ def describe_control(layer, correlation):
     stages = " and ".join(_random_stages(layer))
     verdict = ""
     if correlation > 0.6:
-        verdict = " So the pattern mostly shows edges and areas of the image itself, and says little about "
-        verdict += "what the network looks for."
+        verdict = " So the pattern mostly shows edges and areas of the image itself."
     return f"Control, with random weights in {stages}: rank correlation {correlation:.2f}.{verdict}"
 
 
