@@ -45,11 +45,10 @@ def compare(model, x, layer, channel, name, seeds=SEEDS):
     stages = inside.STAGES[inside.STAGES.index(layer) :: -1]  # those that the map depends on, from the top
     columns = ["this network", f"{stages[0]} randomised", *(f"and {stage}" for stage in stages[1:])]
     figure = figures.Figure(figsize=(1.75 * len(columns), 6.4), layout="constrained")
-    measure = "similarity to this network's, as rank correlation and SSIM"
     averaged = f"mean and range of {seeds} networks" if seeds > 1 else "of 1 network"
     figure.suptitle(
         f"What map {channel} of {layer} responded to ({name}), as its network becomes random\n"
-        f"(grey is zero; below: {measure}, {averaged})",
+        f"(grey is zero; below: rank correlation and SSIM with this network's pattern, {averaged})",
         fontsize=11,
     )
     axes = figure.subplots(len(inside.RELU_BACKWARD), len(columns))
