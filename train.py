@@ -384,7 +384,7 @@ def start_or_resume(args, device):
         run = Run(settings, dataset, args.out, device, saved, init)
         stack.enter_context(run.explain_failures(args.accumulate))
         page_settings = settings | dict(device=str(device), schedule=schedule(sizes))
-        page_settings["training images"] = page_settings.pop("pictures")
+        page_settings["images"] = page_settings.pop("pictures")
         page_settings |= dict(batch_size=run.batch_size, weights=str(args.out / "weights.pt"), data=args.data)
         page = page_class(run.history, page_settings, dataset.classes, run.steps, args.port)
         signal_number = train(run, dataset, page, args.save_every, args.accumulate, args.sync_bn)

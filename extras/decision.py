@@ -13,7 +13,7 @@ and a bias add up to the class's logit exactly, and the class with the largest l
 Below: the three maps that speak most for {} and against {}, then the one that speaks most the other way; the
 pattern that each responds to, by guided backpropagation; and as a control the same from this network with
 random upper stages. If their rank correlation is above 0.6, the pattern mostly shows edges and areas of the
-image itself."""
+image."""
 
 
 def decide(model, x, labels):
