@@ -164,7 +164,7 @@ class Page:
         settings = {key: str(value) for key, value in self.settings.items()}
         for key in "sizes", "weights", "data":  # "schedule" says it in a line; the links have the others
             settings.pop(key, None)
-        short = [key for key, value in settings.items() if len(value) < 14]  # two of these stand in a row
+        short = [key for key, value in settings.items() if len(value) < 12]  # two of these stand in a row
         progress |= {key: value for key, value in settings.items() if key not in short}
         tables = [_table({key: settings[key] for key in keys}) for keys in (short[::2], short[1::2])]
         tables.insert(0, _table(progress) + "<br>")
@@ -214,7 +214,7 @@ class Page:
 def _table(rows, escape=html.escape):
     """{key: value} as an HTML table, which stands beside another where there is room."""
     cells = "".join(
-        f"<tr><td><b>{key}</b>&emsp;</td><td>{escape(str(value))}</td></tr>" for key, value in rows.items()
+        f"<tr><td><b>{key}</b>&ensp;</td><td>{escape(str(value))}</td></tr>" for key, value in rows.items()
     )
     style = "display:inline-table;margin-right:12px;vertical-align:top;font-size:11px;line-height:1.35"
     return f"<table style='{style}'>{cells}</table>"
