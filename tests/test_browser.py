@@ -117,6 +117,9 @@ def test_training_page_has_every_pane_and_grows(page, start):
         title = re.compile(f"^{name.replace('mistakes', 'mistakes:')}1?$")
         box = page.locator(".window", has=page.get_by_text(title)).first.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 1280 and box["y"] + box["height"] <= 800, name
+    pane = page.locator(".window", has=page.get_by_text("best validation accuracy"))  # two columns fit in it
+    bottom = max(row["y"] + row["height"] for row in (row.bounding_box() for row in pane.locator("tr").all()))
+    assert bottom <= (box := pane.bounding_box())["y"] + box["height"]
     screenshot(page, "training")
 
 

@@ -445,7 +445,7 @@ def test_training_draws_its_page(port, tmp_path, monkeypatch):
     assert "All 64" in saved["Filters"]["content"]
     assert "weights=runs%2Fdigits%2Fweights.pt&dataset=digits&data=data" in saved["Mistakes"]["content"]
     assert "finished" in saved["Run"]["content"] and "recipe" in saved["Run"]["content"]
-    told = re.search(r"batch_size</b>&emsp;</td><td>(\d+)<", saved["Run"]["content"])
+    told = re.search(r"batch_size</b>&ensp;</td><td>(\d+)<", saved["Run"]["content"])
     assert told[1] == "100"  # all there are, not 128
     assert not client.is_listening(port)
 
