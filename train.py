@@ -346,8 +346,8 @@ def resume_command(args):
     start = "python" if distributed.WORLD_SIZE == 1 else f"torchrun --nproc-per-node={processes}"
     if distributed.WORLD_SIZE > processes:  # on several machines, whose flags only torchrun knows
         start = "torchrun …"
-    defaults = dict(out=f"runs/{args.dataset}", dataset="cifar10", data="data", device="auto", accumulate="1")
-    flags = non_default_flags(args, **defaults, port="8097")
+    defaults = dict(out=str(Path("runs", args.dataset)), dataset="cifar10", data="data", device="auto")
+    flags = non_default_flags(args, **defaults, accumulate="1", port="8097")
     return f"{start} train.py --resume{flags}{' --sync-bn' * args.sync_bn}{' --no-visdom' * args.no_visdom}"
 
 
@@ -357,6 +357,7 @@ def start_or_resume(args, device):
     main_resumes = args.resume and not distributed.RANK
     saved = distributed.broadcast_object(load_for_resume(args) if main_resumes else None)
     settings = saved["settings"] if saved else new_settings(args, device)
+    select_precision(settings["precision"], device)  # or an error: a run may be resumed on another device
     folder = re.sub(r"[^\w.-]+", "_", args.out.resolve().name)  # it becomes part of the page's address
     settings.setdefault("name", f"{folder}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     dataset = load_data(args, settings, device)

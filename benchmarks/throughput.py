@@ -104,7 +104,7 @@ def project(device, size, steps, micro_batches=1, page=False):
 def peak_memory(device):
     """The most that this process ever had, in GB: on a GPU what its tensors took."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
     except ImportError:  # on Windows

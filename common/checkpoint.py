@@ -83,7 +83,7 @@ def load(path):
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there are a dozen kinds, by what the file turns out to be
-        if getattr(error, "filename", None):  # it cannot be read at all
+        if isinstance(error, MemoryError) or getattr(error, "filename", None):  # it cannot be read at all
             raise
         with open(path, "rb") as file:
             pickled = re.match(rb"\x80[\x03-\x05]", file.read(2))  # by pickle itself: torch's protocol is 2

@@ -242,7 +242,7 @@ def make_folder(path, way_out="name another with --out"):
 
 
 @contextlib.contextmanager
-def stop_signals(answer="stopping as soon as this step or evaluation is done …"):
+def stop_signals(answer="stopping as soon as this step or evaluation is done ..."):
     """Context manager: Ctrl-C, SIGTERM and a closed terminal only add their number to the list that it
     yields, and print the `answer`. The same one again interrupts at once. In another thread than the main one
     there are no signals, and the list stays empty."""

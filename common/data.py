@@ -229,7 +229,7 @@ def _key(path):
     try:
         stat = path.stat()
         return repr((*path.parts[-2:], stat.st_size, stat.st_mtime_ns))
-    except OSError:  # a link to nothing, which read_image tells
+    except OSError:  # a link to nothing, which read_image reports
         return repr(path.parts[-2:])
 
 

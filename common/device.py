@@ -26,6 +26,8 @@ def select_device(name):
         raise UserError(f"no device {name!r} on this machine: --device takes {', '.join(counts)}")
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # set by torchrun
         return select_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one that PyTorch is asked about when it is not named
     torch.backends.cudnn.benchmark = True  # there are few image sizes: let cuDNN time its algorithms for each
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # By default glibc maps every large activation anew from the kernel, page by page, at every step: half
@@ -65,12 +67,14 @@ def select_precision(name, device):
     return "fp32"
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device, precision):
     """The context in which the network computes with that precision."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    if precision == "fp32":  # on Apple GPUs, PyTorch 2.6 to 2.9 warn of autocast even if it is switched off
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 def memory_format(device):

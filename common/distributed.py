@@ -30,8 +30,6 @@ def process_group(device):
         raise UserError(
             "several processes cannot share an Apple GPU: start python train.py, or add --device cpu"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     try:

@@ -47,12 +47,17 @@ def contributions(model, means):
     return model.fc.weight.detach() * means
 
 
+def logits(model, means):
+    """The logits of images, [N, classes] on the CPU, from the mean activations of conv5_x [maps, N] there."""
+    return nn.functional.linear(means.T, model.fc.weight.detach().cpu(), model.fc.bias.detach().cpu())
+
+
 @torch.inference_mode()
 def silent_shares(model, x):
     """The share of the maps of each stage, {stage: 0 … 1}, that respond to none of the images `x`,
     [N, 3, H, W] normalised."""
     maps = feature_maps(model, x, *STAGES)
-    return {stage: float((of.amax((0, 2, 3)) <= 0).float().mean()) for stage, of in zip(STAGES, maps)}
+    return {stage: float((m.amax((0, 2, 3)) <= 0).float().mean()) for stage, m in zip(STAGES, maps)}
 
 
 def class_gradients(model, x, label):
@@ -147,7 +152,7 @@ def randomize(model, stages, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = ResNet18(model.fc.out_features)
-    trained = {name: of for name, of in model.state_dict().items() if name.partition(".")[0] not in stages}
+    trained = {name: t for name, t in model.state_dict().items() if name.partition(".")[0] not in stages}
     new.load_state_dict(trained, strict=False, assign=True)
     weight = model.fc.weight
     return new.eval().to(weight.device, weight.dtype, memory_format=memory_format(weight.device))
@@ -161,7 +166,7 @@ def rank_correlation(pattern, other):
         _, groups, sizes = values.unique(return_inverse=True, return_counts=True)
         return (sizes.cumsum(0) - (sizes.double() - 1) / 2)[groups]
 
-    a, b = (of.detach().abs().sum(0).cpu() for of in (pattern, other))
+    a, b = (p.detach().abs().sum(0).cpu() for p in (pattern, other))
     seen = (a > 0) | (b > 0)
     if len(a[seen].unique()) < 2 or len(b[seen].unique()) < 2:  # there is nothing to rank
         return 0.0
@@ -178,7 +183,7 @@ def control(model, x, pattern, layer, channel, method="guided", unit="map"):
         (maps,) = feature_maps(model, x, layer)
         unit = int(maps[0, channel].argmax())
     for seed in range(10):  # until the map responds
-        random = reconstruct(randomize(model, _random_stages(layer), seed), x, layer, channel, method, unit)
+        random = reconstruct(randomize(model, random_stages(layer), seed), x, layer, channel, method, unit)
         if random.any():
             break
     if unit == "map":
@@ -187,14 +192,15 @@ def control(model, x, pattern, layer, channel, method="guided", unit="map"):
     return random, rank_correlation(pattern[:, top:bottom, left:right], random[:, top:bottom, left:right])
 
 
-def _random_stages(layer):
+def random_stages(layer):
+    """The stages that `control` makes random: that of the layer, and the one below it."""
     number = STAGES.index(layer.partition(".")[0])
     return STAGES[max(0, number - 1) : number + 1]
 
 
 def describe_control(layer, correlation):
     """What `control` found, in words."""
-    stages = " and ".join(_random_stages(layer))
+    stages = " and ".join(random_stages(layer))
     verdict = ""
     if correlation > 0.6:
         verdict = " So the pattern mostly shows edges and areas of the image itself."

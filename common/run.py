@@ -129,9 +129,8 @@ class Run:
         history["seconds"] += now - self.saved_at
         self.saved_at = now
         state = self.model.state_dict()
-        halves = {
-            name: t.cpu().half() if t.ndim > 1 else t.cpu() for name, t in state.items()
-        }  # not batch norms
+        # Biases and what batch norms have remain float32.
+        halves = {name: t.cpu().half() if t.ndim > 1 else t.cpu() for name, t in state.items()}
         finite = all(bool(tensor.isfinite().all()) for tensor in halves.values())
         rate = f", at learning rate {history['rate'][-1]:.3g}" if history["rate"] else ""
         self._check(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
@@ -203,7 +202,7 @@ def locked(out):
     except filelock.Timeout:
         raise UserError(f"another run is writing to {out}: let it end, or choose another --out")
     except (OSError, NotImplementedError):
-        pass  # there are no locks, or nothing can be written: the first save tells
+        pass  # there are no locks, or nothing can be written: the first save reports it
     try:
         for name in FILES:
             for leftover in out.glob(f"{name}.*.tmp"):

@@ -7,7 +7,7 @@ python -m extras.ablation"""
 import torch
 import torch.nn.functional as F
 
-from common import checkpoint, cli, data, figures, responses
+from common import checkpoint, cli, data, figures, inside, responses
 from common.network import network_from_flags
 from common.page.client import save_figure
 
@@ -23,8 +23,8 @@ def ablate(model, means, labels):
     (accuracy 0 … 1 of all images and of each class, without none and without each map, [1 + maps, 1 +
     classes]; the maps, first those whose absence raises the mean cross-entropy least, int64 [maps]; accuracy
     of all images without the first 0, 1, … of these, [1 + maps])."""
-    weight, bias = model.fc.weight.detach().cpu(), model.fc.bias.detach().cpu()
-    logits, by_class = means.T @ weight.T + bias, F.one_hot(labels, len(weight)).float()
+    weight, logits = model.fc.weight.detach().cpu(), inside.logits(model, means)
+    by_class = F.one_hot(labels, len(weight)).float()
 
     def accuracies(logits):
         right = (logits.argmax(1) == labels).float()

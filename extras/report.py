@@ -90,8 +90,7 @@ def beyond(network, args, layers, images):
         dataset = data.load(args.dataset, args.data, network.classes, ["test"])
         names = [network.classes[label] for label in dataset.test_labels]
         best = responses.cached_strongest(network, dataset.test_images)
-        model = network.model
-        logits = best["conv5_x"][3].T @ model.fc.weight.detach().cpu().T + model.fc.bias.detach().cpu()
+        logits = inside.logits(network.model, best["conv5_x"][3])
         counts = figures.confusion_matrix(dataset.test_labels, logits)
     if network.model.fc.weight.device.type == "mps":  # which cannot maximise
         network.model.cpu()

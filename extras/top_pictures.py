@@ -62,12 +62,16 @@ def nine_and_nine(places, values, channel, layer, method):
     titles = "what it sees there, and its activation", f"the pattern in it, by {how} (grey is zero)"
     for i, (part, title) in enumerate(zip(figure.subfigures(1, 2), titles)):
         part.suptitle(title, fontsize=10)
-        for axes, place, value in zip(part.subplots(3, 3).flat, places, values):
+        cells = part.subplots(3, 3).flat
+        for axes in cells[len(places) :]:
+            axes.set_axis_off()
+        for axes, place, value in zip(cells, places, values):
             figures.show(axes, place[i])
             axes.set_xlabel(place[3] if i else f"{place[2]}, {value:.2f}", fontsize=8)
-    text = """Control: the rank correlation with the pattern of this network with random upper stages, in the
-    rectangle that has 90 % of the pattern. Above 0.6, a pattern mostly shows edges and areas of the image
-    itself there."""
+    stages = " and ".join(inside.random_stages(layer))
+    text = f"""Control: the rank correlation with the pattern of this network with random weights in {stages},
+    in the rectangle that has 90 % of the pattern. Above 0.6, a pattern mostly shows edges and areas of the
+    image itself there."""
     return figures.explain(figure, text)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 import tqdm
 from PIL import Image
 
+import common
 import MyResnet
 import test_featuremaps
 import test_filter
@@ -227,3 +229,10 @@ def test_long_messages_keep_their_beginning_and_end():
     assert cli.one_line("a\n  b\tc") == "a b c"
     long = cli.one_line(f"begin {'x' * 5000} end")
     assert len(long) <= 290 and long.startswith("begin xxx") and long.endswith("xxx end") and " … " in long
+
+
+def test_a_python_that_is_too_old_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    with pytest.raises(SystemExit) as stop:
+        importlib.reload(common)
+    assert stop.value.code == 2 and "Python 3.11 or later" in capsys.readouterr().err

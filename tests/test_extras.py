@@ -10,7 +10,9 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from torch import nn
 
 import train
 from common import data, figures, inside, responses
@@ -115,6 +117,14 @@ def test_top_pictures_are_drawn_where_they_respond(flags, tmp_path, monkeypatch)
             assert re.match(r"full contrast ±\S+\ncontrol: -?\d\.\d\d", scale)
             assert crop.shape == pattern.shape and max(crop.shape[1:]) <= 7 and name.isdigit()
             assert pattern.max() > 0.99 or pattern.min() < 0.01  # its strongest point is in the crop
+
+
+def test_fewer_than_nine_leave_the_other_cells_empty():
+    place = torch.zeros(3, 7, 7), torch.zeros(3, 7, 7), "cat", "full contrast"
+    figure = top_pictures.nine_and_nine([place] * 2, torch.tensor([2.0, 1.0]), 0, "conv2_x", "guided")
+    seen = [axes for part in figure.subfigs for axes in part.axes if axes.axison]
+    assert len(seen) == 4 and all(axes.images for axes in seen)
+    assert "random weights in conv1 and conv2_x" in " ".join(text.get_text() for text in figure.texts)
 
 
 def test_close_up_frames_the_box():
@@ -254,6 +264,29 @@ def test_similarity_is_one_for_the_same_and_low_for_another():
     assert sanity_check.similarity(one, one) == (pytest.approx(1), pytest.approx(1))
     assert sanity_check.similarity(one, -one) == (pytest.approx(1), pytest.approx(1))  # magnitudes
     assert max(map(abs, sanity_check.similarity(one, other))) < 0.3
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2_x"])
+def test_sanity_check_leaves_out_networks_whose_map_is_silent(layer, network, monkeypatch):
+    x = network.preprocess(data.load("digits", "").test_images[0])
+    real, seeds = inside.randomize, []
+
+    def randomize(model, stages, seed):
+        seeds.append(seed)
+        made = real(model, stages, seed)
+        if seed == 0:
+            for norm in (m for m in made.get_submodule(layer).modules() if isinstance(m, nn.BatchNorm2d)):
+                norm.bias = nn.Parameter(torch.full_like(norm.bias, -100))  # nothing passes the ReLU
+        return made
+
+    monkeypatch.setattr(inside, "randomize", randomize)
+    (maps,) = inside.feature_maps(network.model, x, layer)
+    (channel,) = inside.choose_maps(maps, "strongest:1")
+    figure, lines, _ = sanity_check.compare(network.model, x, layer, channel, "a digit", seeds=2)
+    assert max(seeds) >= 2 and all(" 0.00 " not in line for line in lines)
+    FigureCanvasAgg(figure).draw()
+    title = figure._suptitle.get_window_extent()
+    assert 0 <= title.x0 and title.x1 <= figure.bbox.width
 
 
 @pytest.mark.parametrize("layer, count", [("conv5_x", 5), ("conv2_x", 2)])

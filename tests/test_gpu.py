@@ -1,6 +1,8 @@
 """The path of a GPU, as far as it goes without one: fake tensors, which have a device and no values, and
 stand-ins. An operation on two devices is an error for a fake tensor as it is on a GPU."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -109,7 +111,7 @@ def test_a_step_and_an_evaluation_stay_on_the_gpu(precision, network, images, mo
         result = train.backward(model, images, labels, batch, 64, settings, scaler, micro_batches=2)
         assert result.device == GPU
     assert [loss.device for loss in losses] == [GPU] * 4
-    assert {(y.device, y.dtype) for y in logits} == {(GPU, device.DTYPES[precision])}
+    assert {(y.device, y.dtype) for y in logits} == {(GPU, device.DTYPES.get(precision, torch.float32))}
     convolutions = [p for p in model.parameters() if p.ndim == 4]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -177,6 +179,9 @@ def accelerator(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
         monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
 
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    found.current = current
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return found
@@ -204,6 +209,7 @@ def test_the_device_is_the_accelerator_that_is_there(kind, count, name, expected
     else:
         assert select_device(name) == torch.device(expected)
         assert torch.backends.cudnn.benchmark
+        assert accelerator.current == [torch.device(expected)] * (kind == "cuda" and expected != "cpu")
 
 
 def test_each_process_of_torchrun_has_its_own_gpu(accelerator, monkeypatch):
@@ -217,6 +223,7 @@ def test_each_process_of_torchrun_has_its_own_gpu(accelerator, monkeypatch):
 
 
 def test_apple_gpus_have_the_usual_memory_format():
+    assert isinstance(device.autocast(torch.device("mps"), "fp32"), contextlib.nullcontext)  # no warning
     assert device.memory_format(torch.device("mps")) == torch.contiguous_format
     assert device.memory_format(GPU) == device.memory_format(torch.device("cpu")) == torch.channels_last
     with pytest.raises(UserError, match="mps lacks"):

@@ -11,6 +11,7 @@ import torch
 import train
 from benchmarks import time_to_accuracy
 from common import cli, data, device
+from common.cli import UserError
 from common.device import select_precision
 from common.muon import Muon
 from common.run import Run
@@ -409,3 +410,9 @@ def test_time_to_accuracy_is_when_the_last_size_first_had_it(capsys):
     assert re.search(r"weights +11 +\d+\.\d +\d+\.\d +91\.99%", capsys.readouterr().out)
     with pytest.raises(SystemExit):
         time_to_accuracy.main(["docs"])
+
+
+def test_a_run_in_fp16_is_not_resumed_on_an_apple_gpu(monkeypatch):
+    monkeypatch.setattr(train, "load_for_resume", lambda args: dict(settings=dict(precision="fp16")))
+    with pytest.raises(UserError, match="mps lacks"):
+        train.start_or_resume(train.parse(["--resume"]), torch.device("mps"))

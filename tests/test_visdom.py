@@ -33,6 +33,7 @@ from common import data, inside, responses
 from common.cli import UserError
 from common.network import load_network
 from common.page import assets, choices, client, explorer, front
+from common.page import server as page_server
 from common.page.server import visdom
 from MyResnet import ResNet18
 
@@ -697,6 +698,15 @@ def test_link_of_a_mistake_says_what_to_type_where_no_explorer_is_open(port, tmp
     assert "--explore --image 7<" in answer(image=7).text
     other.use_socket = False  # else it goes on trying
     assert answer(image="x").url.endswith("/env/main") and answer().url.endswith("/env/main")
+
+
+def test_what_to_type_on_windows_has_its_quotes(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    flags = dict(weights=r"my runs\cifar10\weights.pt", image="43")
+    handler = mock.Mock(sources={}, get_argument=lambda key, default: flags.get(key, default))
+    page_server.open_in_explorer(handler)
+    command = r'python Myvisdom.py --explore --weights "my runs\cifar10\weights.pt" --image 43'
+    assert command in html.unescape(handler.write.call_args[0][0])
 
 
 def test_only_one_explorer_opens_on_a_port(port, run, tmp_path, monkeypatch, capsys):

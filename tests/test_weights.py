@@ -3,6 +3,7 @@ torchvision and Captum find in torchvision's own network."""
 
 import copy
 import types
+from unittest import mock
 
 import captum.attr
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import test_featuremaps
 import train
-from common import images, inside, responses, weights
+from common import checkpoint, images, inside, responses, weights
 from common.cli import UserError
 from common.network import REFERENCE, load_network
 from extras import gradcam, maximize, reconstruct, sanity_check, top_pictures
@@ -324,3 +325,9 @@ def test_shipped_weights_begin_at_their_accuracy():
     with torch.no_grad():
         expected = network.model(network._replace(size=64).preprocess(pixels))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_memory_refused_while_loading_is_no_damage(monkeypatch):
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        checkpoint.load(REFERENCE)

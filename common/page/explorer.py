@@ -230,8 +230,7 @@ class Explorer:
     def _list_mistakes(self):
         """Puts the most confident mistakes first among the test images that one can choose. The means of
         conv5_x, which are known of all of them, are all that their logits depend on."""
-        fc, means = self.network.model.fc, self.found["conv5_x"][3]
-        logits = means.T @ fc.weight.detach().cpu().T + fc.bias.detach().cpu()
+        logits = inside.logits(self.network.model, self.found["conv5_x"][3])
         mistakes = inside.mistakes(self.test_labels, logits, self.network.classes)
         for index, _, predicted, _ in mistakes[:LISTED]:
             self.taken_for[self._add_test_image(index)] = f", taken for {predicted}"
@@ -310,7 +309,7 @@ def explore(args):
             if server.poll() is not None:
                 raise cli.UserError(f"no visdom server starts on port {port}: --port names another")
             time.sleep(0.2)
-        with cli.stop_signals("closing the page …") as signals:
+        with cli.stop_signals("closing the page ...") as signals:
             page = client.connect(port, "explore", events=True)
             leave_note(page)  # what is seen when the server is started again without this
             front.draw(page)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def open_in_explorer(handler):
     that the browser sends it; where none runs, the answer is what to type."""
     flags = {key: handler.get_argument(key, "") for key in ("weights", "dataset", "data", "image")}
     usual = "", "cifar10", "data"
-    given = " ".join(f"--{key} {shlex.quote(value)}" for key, value in flags.items() if value not in usual)
-    command = f"<code>python Myvisdom.py --explore {html.escape(given)}</code>"
+    given = [word for key, value in flags.items() if value not in usual for word in (f"--{key}", value)]
+    quote = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    command = f"<code>{html.escape(quote(['python', 'Myvisdom.py', '--explore', *given]))}</code>"
     if is_explorer_open(handler):
         event = dict(flags, eid="explore", target="Choose", event_type="Open", command=command)
         send_to_sources(handler, event)
