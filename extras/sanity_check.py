@@ -52,7 +52,7 @@ def compare(model, x, layer, channel, name, seeds=SEEDS):
     averaged = f"mean and range of {seeds} networks" if seeds > 1 else "of 1 network"
     title = f"What map {channel} of {layer} responded to ({name}), as its network becomes random"
     note = f"(grey is zero; below: rank correlation and SSIM with this network's pattern, {averaged})"
-    width = int(12 * figure.get_figwidth())  # characters
+    width = int(11 * figure.get_figwidth())  # characters
     figure.suptitle("\n".join(textwrap.fill(line, width) for line in (title, note)), fontsize=11)
     axes = figure.subplots(len(inside.RELU_BACKWARD), len(columns))
     for axis, column in zip(axes[0], columns):
