@@ -26,8 +26,8 @@ def select_device(name):
         raise UserError(f"no device {name!r} on this machine: --device takes {', '.join(counts)}")
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # set by torchrun
         return select_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # the one that PyTorch is asked about when it is not named
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # else what PyTorch says of "the" GPU, such as bf16, is of the first one
     torch.backends.cudnn.benchmark = True  # there are few image sizes: let cuDNN time its algorithms for each
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # By default glibc maps every large activation anew from the kernel, page by page, at every step: half

@@ -6,6 +6,7 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.cuda._utils import _get_device_index
 
 import train
 from common import cli, data, device, inside
@@ -179,9 +180,8 @@ def accelerator(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
         monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
 
-    current = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    found.current = current
+    found.current = current = []  # as PyTorch's own takes them, which raises for a device without an index
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return found
@@ -209,13 +209,14 @@ def test_the_device_is_the_accelerator_that_is_there(kind, count, name, expected
     else:
         assert select_device(name) == torch.device(expected)
         assert torch.backends.cudnn.benchmark
-        assert accelerator.current == [torch.device(expected)] * (kind == "cuda" and expected != "cpu")
+        assert accelerator.current == ([1] if expected == "cuda:1" else [])
 
 
 def test_each_process_of_torchrun_has_its_own_gpu(accelerator, monkeypatch):
     accelerator("cuda", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert select_device("auto") == select_device("cuda") == torch.device("cuda:1")
+    assert accelerator.current == [1, 1]
     assert select_device("cuda:0") == torch.device("cuda:0") and select_device("cpu").type == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="no device 'cuda:2' on this machine"):
