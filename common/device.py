@@ -27,7 +27,7 @@ def select_device(name):
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # set by torchrun
         return select_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # else what PyTorch says of "the" GPU, such as bf16, is of the first one
+        torch.cuda.set_device(device)  # else PyTorch answers for the first one, as about bf16
     torch.backends.cudnn.benchmark = True  # there are few image sizes: let cuDNN time its algorithms for each
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # By default glibc maps every large activation anew from the kernel, page by page, at every step: half
