@@ -714,7 +714,7 @@ def test_only_one_explorer_opens_on_a_port(port, run, tmp_path, monkeypatch, cap
     flags = ["--explore", "--dataset", "digits", "--weights", str(run / "weights.pt"), "--port", str(port)]
     client.start_server(port)
     wait_for(lambda: client.is_listening(port))
-    fields = [dict(type="button", name="or one", value="at random")]
+    fields = [dict(type="button", name="or", value="a random image")]
     client.connect(port, "explore").properties(fields, win="Choose")
     assert not client.is_explorer_open(port)  # it was killed
     page = client.connect(port, "explore", events=True)
