@@ -229,10 +229,12 @@ def test_explorer_opens_at_once_without_data(page, start, free_port, tmp_path):
     page.locator(CAPTION, has_text="blue.png").wait_for()
     assert not (tmp_path / "data").exists()
     start.processes[-1].send_signal(signal.SIGINT)
+    page.get_by_text("opens it again").wait_for()  # without a reload
     start.processes[-1].wait(timeout=600)
     start(ROOT / "Myvisdom.py")
     page.goto(explore)
-    page.get_by_text("opens it again").wait_for()
+    page.get_by_text("No run yet").wait_for()  # the front page
+    assert not page.get_by_role("link", name="explore").count()
 
 
 def test_names_of_files_and_runs_are_only_text(page, start, run, tmp_path, free_port):

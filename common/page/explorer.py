@@ -1,5 +1,6 @@
 """A visdom page to look inside a network with: choose a layer, an image and a method, double-click a map."""
 
+import contextlib
 import copy
 import html
 import math
@@ -24,7 +25,6 @@ from common.page.tiles import heat_map, pattern_tile, tile, to_square
 LEFT, GRID, RIGHT = 280, 530, 430  # widths; GRID is the side of the grid of maps, and the width of its column
 PANE = 560  # the height of the pane with the grid
 LISTED = 100  # test images to choose from by name, and mistakes among them; the others come at random
-TYPE = "<code>python Myvisdom.py --explore</code>"
 
 
 class Explorer:
@@ -311,10 +311,9 @@ def explore(args):
             time.sleep(0.2)
         with cli.stop_signals("closing the page ...") as signals:
             page = client.connect(port, "explore", events=True)
-            leave_note(page)  # what is seen when the server is started again without this
-            front.draw(page)
-            page.close(env="explore")
+            forget(page)  # the panes of one that was killed
             explorer = Explorer(network, images, page, weights_path(args.weights, args.dataset))
+            front.draw(page)
             print(f"look inside: {client.address(port)}/env/explore (Ctrl-C ends it)", flush=True)
             background = threading.Thread(target=explorer.prepare, args=[args], daemon=True)
             background.start()
@@ -323,16 +322,19 @@ def explore(args):
                 if not client.is_listening(port):
                     raise cli.UserError("the visdom server has ended, and the page with it: start this again")
             explorer.closing = True
-            leave_note(page)
             background.join(timeout=10)
+            note = "The explorer has ended. <code>python Myvisdom.py --explore</code> opens it again."
+            page.text(note, win="Choose", opts=dict(title="Choose", width=LEFT, height=155))
+            forget(page)
+            front.draw(page)
     except ConnectionError:
         raise cli.UserError(f"the visdom server on port {port} does not answer: --port names another")
     finally:
         client.stop_server(server)
 
 
-def leave_note(page):
-    """Leaves nothing on the page but how to open it again, and saves that."""
-    page.close(env="explore")
-    page.text(f"The explorer has ended. {TYPE} opens it again.", win="Ended", opts=dict(title="Explorer"))
-    page.save(["explore"])
+def forget(page):
+    """Removes the explorer's page from the server, but leaves its panes in a browser that shows them. Closing
+    them would stop the page of visdom 0.3: it fails on a pane that is drawn just after others were closed."""
+    with contextlib.suppress(ConnectionError):  # so visdom 0.2 answers where the page was never saved
+        page.delete_env("explore")
