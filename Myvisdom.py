@@ -200,8 +200,7 @@ class Page:
                 self._client.text("They come after the first epoch.", win="Filters", opts=opts)
             return
         filters, silent, count = self.filters
-        scaled = 127.5 + 127.5 * filters / filters.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-        cells = F.pad(scaled, (1, 0, 1, 0), value=255).to(torch.uint8)
+        cells = F.pad(255 * figures.pattern_image(filters), (1, 0, 1, 0), value=255).to(torch.uint8)
         sheet = torch.cat([torch.cat(list(row), 2) for row in cells.split(8)], 1)
         tile = tiles.tile(sheet, f"All {len(filters)}, each at full contrast.", 190, 11)
         bar = "<div style='display:inline-block;background:#4c78a8;height:8px;width:{:.0f}px'></div> {:.0%}"
@@ -239,7 +238,7 @@ def keep_front(port):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "network", "dataset", "data", "device", "port")
+    parser = cli.parser(__doc__, "network", "data", "port")
     parser.add_argument("--explore", action="store_true", help="open a page for looking inside a network")
     image_help = "with --explore: an image file, or a folder of them, to look at; may be given several times"
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image_help)

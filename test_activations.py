@@ -7,8 +7,7 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "network", "dataset", "data", "image", "out", "device", "port")
-    args = parser.parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "image", "out", "port").parse_args(argv)
     network, _, name, x = from_flags(args)
 
     for layer, maps in zip(("conv1", "conv5_x"), inside.feature_maps(network.model, x, "conv1", "conv5_x")):

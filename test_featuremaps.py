@@ -7,8 +7,7 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "network", "dataset", "data", "image", "out", "device", "port")
-    args = parser.parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "image", "out", "port").parse_args(argv)
     network, image, name, x = from_flags(args)
 
     figure = figures.side_by_side([image], [network.prediction(x)], title=name)

@@ -7,7 +7,7 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    args = cli.parser(__doc__, "network", "dataset", "out", "device", "port").parse_args(argv)
+    args = cli.parser(__doc__, "network", "out", "port").parse_args(argv)
     network = network_from_flags(args)
     filters = network.model.conv1.conv.weight.detach().cpu()  # [64, 3, 7, 7], as trained
 

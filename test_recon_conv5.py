@@ -9,8 +9,7 @@ LAYER = "conv5_x"
 
 @cli.command
 def main(argv=None):
-    flags = "network", "dataset", "data", "image", "map", "method", "out", "device", "port"
-    args = cli.parser(__doc__, *flags).parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "image", "map", "method", "out", "port").parse_args(argv)
     network, image, name, x = from_flags(args)
 
     (maps,) = inside.feature_maps(network.model, x, LAYER)

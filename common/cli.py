@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import errno
 import functools
-import itertools
 import math
 import os
 import re
@@ -44,7 +43,7 @@ _last_lines = []  # what `command` prints when the script has done its work
 
 
 def print_last(line):
-    """Has the line printed when the script ends well, after all else; the same one once."""
+    """Prints the line after everything else, once, if the script succeeds."""
     if line not in _last_lines:
         _last_lines.append(line)
 
@@ -202,6 +201,8 @@ FLAGS = {
         "most probable, or for extras.decision that of a test image that the network gets wrong)"),
     "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
         "where it is about one image, also strongest:K by mean activation (default: %(default)s)"),
+    "layer": dict(default="conv5_x", choices=["conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x"],
+        help="stage (default: conv5_x)"),
     "method": dict(default="guided", choices=["gradient", "guided", "deconvnet"], help="how a ReLU passes "
         "the signal back (default: guided)"),
     "out": dict(default="figures", metavar="DIR", help="where the figures go (default: figures)"),
@@ -211,21 +212,27 @@ FLAGS = {
 }  # fmt: skip
 
 
-NETWORK = "weights", "mean", "std", "size", "classes"
+NETWORK = "weights", "mean", "std", "size", "classes", "dataset", "device"
 
 
 def parser(description, *flags, **defaults):
-    """An argument parser with those of `FLAGS`, some perhaps with other `defaults`; "network" stands for all
-    that `NETWORK` names."""
+    """An argument parser with these of `FLAGS`, of which "network" stands for those in `NETWORK`, and perhaps
+    other `defaults`."""
     layout = argparse.RawDescriptionHelpFormatter
     result = argparse.ArgumentParser(description=description, formatter_class=layout)
     result.error = lambda message: result.exit(
         2, one_line(f"error: {message} (--help lists the flags)") + "\n"
     )
-    for flag in itertools.chain(*(NETWORK if flag == "network" else [flag] for flag in flags)):
-        result.add_argument(f"--{flag}", **FLAGS[flag])
+    for name in flags:
+        for flag in NETWORK if name == "network" else [name]:
+            result.add_argument(f"--{flag}", **FLAGS[flag])
     result.set_defaults(**defaults)
     return result
+
+
+def port_flag(port):
+    """What makes a command find the page on that port: " --port 9000", or nothing for the default one."""
+    return "" if port == FLAGS["port"]["default"] else f" --port {port}"
 
 
 def make_folder(path, way_out="name another with --out"):

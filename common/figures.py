@@ -45,11 +45,12 @@ def show(axes, image, **options):
 
 
 def pattern_image(pattern):
-    """A pattern of either sign as an image in 0 … 1: zero is mid-grey, its largest value at full contrast."""
-    return 0.5 + pattern / (2 * pattern.abs().max().clamp(min=1e-12))
+    """A pattern [3, H, W] of either sign, or each of several [N, 3, H, W], as an image in 0 … 1: zero is
+    mid-grey, its largest value at full contrast."""
+    return 0.5 + pattern / (2 * pattern.abs().amax((-3, -2, -1), keepdim=True).clamp(min=1e-12))
 
 
-def largest(pattern):
+def describe_scale(pattern):
     """The scale of a `pattern_image`, in words."""
     return f"full contrast ±{pattern.abs().max():.2g}"
 
@@ -89,7 +90,7 @@ def side_by_side(images, captions, title, rows=1):
 def reconstruction(image, name, maps, pattern, layer, channel, method, control):
     """Figures 8.5.1 and 8.5.2: the image, uint8 [3, S, S]; map `channel` of its `maps`, [1, channels, h, w];
     the pattern [3, H, W] that the map responded to, by `method`; below, what `inside.control` gave for it."""
-    caption = PATTERN.format(inside.METHOD_NAMES[method], largest(pattern))
+    caption = PATTERN.format(inside.METHOD_NAMES[method], describe_scale(pattern))
     captions = name, inside.describe_map(maps, layer, channel), caption
     images = image, maps[0, channel], pattern_image(pattern)
     figure = side_by_side(images, captions, f"What map {channel} of {layer} responded to", rows=2)
@@ -106,7 +107,7 @@ def _add_control(figure, layer, pattern, correlation):
     text.text(0, 0.6, verdict, va="center")
     text.set_axis_off()
     show(axes, pattern_image(pattern))
-    axes.set_xlabel(f"control ({largest(pattern)})")
+    axes.set_xlabel(f"control ({describe_scale(pattern)})")
     return axes
 
 
@@ -117,7 +118,7 @@ def close_up(image, name, pattern, layer, channel, method, control):
     height, width = pattern.shape[1:]
     where = f"where 90 % of the pattern is\n({right - left}×{bottom - top} of {width}×{height} px)"
     title = f"What map {channel} of {layer} responded to at its strongest position"
-    captions = name, where, PATTERN.format(inside.METHOD_NAMES[method], largest(pattern))
+    captions = name, where, PATTERN.format(inside.METHOD_NAMES[method], describe_scale(pattern))
     figure = side_by_side((image, image, pattern_image(pattern)), captions, title, rows=2)
     drawn = [*figure.axes, _add_control(figure, layer, *control)]
     frame = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, ec="red", lw=2)
@@ -153,13 +154,6 @@ def grid(cells, columns, title, scale=None, label="", signed=False):
     return axes.figure
 
 
-def column_chart(values, marked, title, label):
-    """A figure with a column for each of `values` [N]; number `marked` stands out, with its value."""
-    axes = Figure(figsize=(11, 4.2), layout="constrained").subplots()
-    columns(axes, values, [marked], title, label)
-    return axes.figure
-
-
 def filter_grids(filters):
     """(the end of a file name, figure) of figures 7.1 to 7.3 and of the same in colour, for the filters
     [N, 3, k, k] of conv1, as they are."""
@@ -167,9 +161,8 @@ def filter_grids(filters):
     for channel, colour in enumerate(("red", "green", "blue")):
         title = f"Channel_{channel}: what the {len(filters)} filters of conv1 look for in {colour}"
         yield f"channel_{channel}", grid(filters[:, channel], columns=8, title=title, **scale)
-    strongest = filters.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # each at full contrast
     title = f"The {len(filters)} filters of conv1 in colour (grey is zero, each at full contrast)"
-    yield "rgb", grid(0.5 + filters / (2 * strongest), columns=8, title=title)
+    yield "rgb", grid(pattern_image(filters), columns=8, title=title)
 
 
 def map_grid(maps, layer, name):
@@ -186,11 +179,12 @@ def activation_chart(maps, layer, name):
     activations = inside.mean_activations(maps)
     strongest = int(activations.argmax())
     title = f"How strongly each of the {len(activations)} maps of {layer} responds ({name})"
-    bars = title, activations, "mean activation"
-    return column_chart(activations, strongest, title, "mean activation"), bars, strongest
+    axes = Figure(figsize=(11, 4.2), layout="constrained").subplots()
+    draw_columns(axes, activations, [strongest], title, "mean activation")
+    return axes.figure, (title, activations, "mean activation"), strongest
 
 
-def columns(axes, values, marked, title, label, text="map {}: {:.3f}"):
+def draw_columns(axes, values, marked, title, label, text="map {}: {:.3f}"):
     """Draws a column for each of `values` [N]; those in `marked` stand out, each with its `text`."""
     values = values.cpu().numpy()
     width = 1.0 if len(values) > 100 else 0.8
@@ -204,32 +198,6 @@ def columns(axes, values, marked, title, label, text="map {}: {:.3f}"):
     axes.set(title=title, xlabel="feature map", ylabel=label, xlim=(-1, len(values)))
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def map_column(cells, maps, channel, pattern, control, correlation):
-    """Draws, in three `cells` from top to bottom, map `channel` of `maps`, [1, channels, h, w], the pattern
-    [3, H, W] that it responded to, and what `inside.control` gave for that."""
-    peak = float(maps[0, channel].max())
-    show(cells[0], maps[0, channel, None], cmap="inferno", vmin=0, vmax=peak or 1.0)
-    cells[0].set_xlabel(f"map {channel}, brightest at {peak:.2f}")
-    show(cells[1], pattern_image(pattern))
-    cells[1].set_xlabel(f"pattern, {largest(pattern)}")
-    show(cells[2], pattern_image(control))
-    cells[2].set_xlabel(f"control, {largest(control)}\nrank correlation {correlation:.2f}")
-
-
-def change_table(axes, values, rows, columns, label):
-    """Draws changes [rows, columns] as numbers, on blue for a gain and red for a loss, with a colour bar."""
-    limit = float(values.abs().max()) or 1.0
-    shown = axes.imshow(values.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    for (row, column), value in np.ndenumerate(values.numpy()):
-        options = dict(
-            ha="center", va="center", fontsize=8, color="white" if abs(value) > limit / 2 else "black"
-        )
-        axes.text(column, row, f"{value:+.1f}" if abs(value) >= 0.05 else "0", **options)
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.figure.colorbar(shown, ax=axes, label=label, shrink=0.6)
 
 
 def running_mean(losses):

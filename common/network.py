@@ -111,11 +111,10 @@ def _read_names(path):
         raise UserError(f"{path} cannot be read as text ({error}): --classes takes a file with a name a line")
 
 
-def network_from_flags(args, device=None):
-    """The network that a script's flags name, on `device`, or else on that of --device. Raises
-    `UserError`."""
+def network_from_flags(args):
+    """The network that a script's flags name. Raises `UserError`."""
     given = {key: getattr(args, key, None) for key in ("mean", "std", "size", "classes")}
-    return load_network(args.weights, args.dataset, device or select_device(args.device), **given)
+    return load_network(args.weights, args.dataset, select_device(args.device), **given)
 
 
 def from_flags(args):

@@ -4,6 +4,7 @@ at little cost. Logits are linear in the maps' means, so one pass over the test 
 
 python -m extras.ablation"""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,6 +38,21 @@ def ablate(model, means, labels):
     return table, order, torch.stack([accuracies(logits - part)[0] for part in parts])
 
 
+def draw_changes(axes, values, rows, columns, label):
+    """Draws changes [rows, columns] as numbers, on blue for a gain and red for a loss, with a colour bar."""
+    limit = float(values.abs().max()) or 1.0
+    shown = axes.imshow(values.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(values.numpy()):
+        text, color = (
+            f"{value:+.1f}" if abs(value) >= 0.05 else "0",
+            "white" if abs(value) > limit / 2 else "black",
+        )
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.figure.colorbar(shown, ax=axes, label=label, shrink=0.6)
+
+
 def draw(classes, table, together):
     """(a figure of what `ablate` returned, how many maps nobody would miss, in words)."""
     change, count = 100 * (table[1:] - table[0]), int((together >= together[0] - 0.01).cumprod(0).sum()) - 1
@@ -46,7 +62,7 @@ def draw(classes, table, together):
     figure.suptitle("What each map of conv5_x is for: how accuracy changes without it")
     left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
     names = [f"map {n}" for n in order]
-    figures.change_table(left, change[order], names, ["all", *classes], "change of accuracy, points")
+    draw_changes(left, change[order], names, ["all", *classes], "change of accuracy, points")
     left.set_title(f"the {len(order)} maps that a class relies on most", fontsize=10)
     right.plot(100 * together.numpy())
     right.axvline(count, color="grey", lw=0.8, ls="--")
@@ -58,7 +74,7 @@ def draw(classes, table, together):
 
 @cli.command
 def main(argv=None):
-    args = cli.parser(__doc__, "network", "dataset", "data", "out", "device", "port").parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "out", "port").parse_args(argv)
     network = network_from_flags(args)
     dataset, classes = data.load(args.dataset, args.data, network.classes, ["test"]), network.classes
     means = responses.cached_strongest(network, dataset.test_images)["conv5_x"][3]

@@ -81,8 +81,7 @@ def draw(network, image, name, x, names=()):
 
 @cli.command
 def main(argv=None):
-    flags = "network", "dataset", "data", "image", "class", "out", "device", "port"
-    args = cli.parser(__doc__, *flags).parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "image", "class", "out", "port").parse_args(argv)
     save_figure(draw(*from_flags(args), args.names), args, "attribution.png")
 
 

@@ -43,27 +43,32 @@ def draw(network, image, name, x, names=()):
     for axes, label, part, logit in zip(upper.subplots(2, 1, sharey=True), labels, parts, logits):
         sums = f"{part.sum():+.3f} from {len(part)} maps, {model.fc.bias[label]:+.3f} bias"
         lines.append(f"{classes[label]}: logit {logit:.3f} = {sums}")
-        figures.columns(axes, part, strongest, lines[-1], "added to the logit", "{}")
+        figures.draw_columns(axes, part, strongest, lines[-1], "added to the logit", "{}")
     cells = lower.subplots(3, 1 + len(strongest))
     figures.show(cells[0, 0], image)
     cells[0, 0].set_xlabel(name)
     for axes in cells[1:, 0]:
         axes.set_axis_off()
-    for channel, column in zip(strongest, cells[:, 1:].T):
+    for channel, (top, middle, bottom) in zip(strongest, cells[:, 1:].T):
+        row = maps[0, channel]
+        figures.show(top, row[None], cmap="inferno", vmin=0, vmax=float(row.max()) or 1.0)
+        top.set_xlabel(f"map {channel}, brightest at {row.max():.2f}")
         pattern = inside.reconstruct(model, x, "conv5_x", channel)
-        figures.map_column(
-            column, maps, channel, pattern, *inside.control(model, x, pattern, "conv5_x", channel)
-        )
+        figures.show(middle, figures.pattern_image(pattern))
+        middle.set_xlabel(f"pattern, {figures.describe_scale(pattern)}")
+        control, correlation = inside.control(model, x, pattern, "conv5_x", channel)
+        figures.show(bottom, figures.pattern_image(control))
+        scale = figures.describe_scale(control)
+        bottom.set_xlabel(f"control, {scale}\nrank correlation {correlation:.2f}")
         for_a, for_b = parts[:, channel]
-        column[0].set_title(f"{a} {for_a:+.3f}, {b} {for_b:+.3f}", fontsize=10)
+        top.set_title(f"{a} {for_a:+.3f}, {b} {for_b:+.3f}", fontsize=10)
         lines.append(f"map {channel}: {a} {for_a:+.3f}, {b} {for_b:+.3f}")
     return figures.explain(figure, TEXT.format(a, b)), lines
 
 
 @cli.command
 def main(argv=None):
-    flags = "network", "dataset", "data", "image", "class", "out", "device", "port"
-    args = cli.parser(__doc__, *flags).parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "image", "class", "out", "port").parse_args(argv)
     figure, lines = draw(*from_flags(args), args.names)
     save_figure(figure, args, "decision.png")
     print("\n".join(lines))

@@ -71,7 +71,7 @@ def draw(curves):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "network", "dataset", "data", "out", "device", "port")
+    parser = cli.parser(__doc__, "network", "data", "out", "port")
     parser.add_argument("--count", type=cli.number(int, 1), default=100, help="test images (default: 100)")
     args = parser.parse_args(argv)
     network = network_from_flags(args)

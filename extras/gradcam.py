@@ -37,10 +37,7 @@ def draw(network, image, name, x, names=(), layer="conv5_x"):
 
 @cli.command
 def main(argv=None):
-    flags = "network", "dataset", "data", "image", "class", "out", "device", "port"
-    parser = cli.parser(__doc__, *flags)
-    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
-    args = parser.parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "image", "class", "layer", "out", "port").parse_args(argv)
     end = "" if args.layer == "conv5_x" else f"_{args.layer}"
     save_figure(draw(*from_flags(args), args.names, args.layer), args, f"gradcam{end}.png")
 

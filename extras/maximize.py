@@ -73,17 +73,15 @@ def maximize(network, layer, channel, steps=200, seed=0):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "network", "dataset", "data", "map", "out", "device", "port", map="0")
+    parser = cli.parser(__doc__, "network", "data", "layer", "map", "out", "port", map="0")
     add = parser.add_argument
-    add("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
     whole = cli.number(int, 0, 2**31)
     add("--seed", type=whole, default=0, metavar="N", help="seed of the noise (default: 0)")
     add("--steps", type=cli.number(int, 1), default=200, metavar="N", help="steps of ascent (default: 200)")
     args = parser.parse_args(argv)
-    device = select_device(args.device)
-    if device.type == "mps":  # https://github.com/pytorch/pytorch/pull/169143: no gradient of grid_sample
-        device = torch.device("cpu")
-    network = network_from_flags(args, device)
+    if select_device(args.device).type == "mps":
+        args.device = "cpu"  # https://github.com/pytorch/pytorch/pull/169143: no gradient of grid_sample
+    network = network_from_flags(args)
     black = network.preprocess(torch.zeros(3, data.SIDE, data.SIDE, dtype=torch.uint8))
     (maps,) = inside.feature_maps(network.model, black, args.layer)
     channels = inside.choose_maps(maps, args.map, one_image=False)  # an error before the long search

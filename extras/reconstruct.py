@@ -10,8 +10,7 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    flags = "network", "dataset", "data", "image", "map", "method", "out", "device", "port"
-    parser = cli.parser(__doc__, *flags)
+    parser = cli.parser(__doc__, "network", "data", "image", "map", "method", "out", "port")
     add = parser.add_argument
     add("--layer", default="conv5_x", help="a stage, conv1 to conv5_x, or a module as conv3_x.block1.conv2")
     add("--unit", default="map", choices=["map", "max"], help="from the whole map, or its strongest position")

@@ -47,7 +47,7 @@ def filters(network, images):
     return found | dict(alike=int(alike.sum()), weak=int(weak.sum()), count=len(weight))
 
 
-def layer(network, image, name, x, layer, images):
+def draw_layer(network, image, name, x, layer, images):
     """Draws figures 8.2 to 8.5 of a layer; returns what the report says of its maps."""
     (maps,) = inside.feature_maps(network.model, x, layer)
     maps = maps.detach()
@@ -97,7 +97,7 @@ def beyond(network, args, layers, images):
     for facts in (facts for facts in layers if facts["silent"] < facts["count"]):
         name, channel = facts["name"], facts["strongest"]
         if best:
-            everything = dataset.test_images, names.__getitem__
+            everything = dataset.test_images, names
             images[f"nine_{name}"] = top_pictures.draw(network, *everything, best[name], name, channel)
         image, activations[name] = maximize.maximize(network, name, channel)
         reached = float(best[name][3][channel].max()) if best else None
@@ -114,7 +114,7 @@ def compared(history, other, images):
     return [(key, one[key], two[key]) for key in one if two and str(one[key]) != str(two[key])]
 
 
-def command(args, script, flags=(*cli.NETWORK, "dataset", "data", "image", "device"), more=()):
+def command(args, script, flags=(*cli.NETWORK, "data", "image"), more=()):
     """What to type to have the script draw for the same network and image."""
     words = ["python", *script.split(), *map(str, more)]
     for flag in flags:
@@ -150,7 +150,7 @@ def collect(args, other):
     content |= dict(rows=list(MyResnet.table(network.size, len(network.classes))), inside=inside)
     content |= dict(training=training(history, images), filters=filters(network, images))
     images["image"] = figures.side_by_side([image], [network.prediction(x)], title=name)
-    layers = [layer(network, image, name, x, stage, images) for stage in ("conv1", "conv5_x")]
+    layers = [draw_layer(network, image, name, x, stage, images) for stage in ("conv1", "conv5_x")]
     sanity, seeds = None, 5 if args.full else 1
     if layers[1]["silent"] < layers[1]["count"]:
         pattern = "conv5_x", layers[1]["strongest"], name
@@ -160,7 +160,7 @@ def collect(args, other):
     content["activations"], counts = beyond(network, args, layers, images) if args.full else ({}, None)
     content["mistake"] = classes(network, history, counts, images)
     content["differences"] = compared(history, other, images) if other else []
-    return content | dict(command=functools.partial(command, args))
+    return content | dict(command=functools.partial(command, args), NETWORK=cli.NETWORK)
 
 
 def render(content):
@@ -177,7 +177,7 @@ def render(content):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "network", "dataset", "data", "image", "out", "device")
+    parser = cli.parser(__doc__, "network", "data", "image", "out")
     parser.add_argument("--full", action="store_true", help="also what takes minutes: five random networks "
         "in the sanity check, and what the strongest maps look for")  # fmt: skip
     parser.add_argument("--compare", metavar="RUN", help="a second run: its folder, or its file of weights")

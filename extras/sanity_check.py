@@ -28,9 +28,7 @@ def similarity(pattern, other):
 
 @cli.command
 def main(argv=None):
-    parser = cli.parser(__doc__, "network", "dataset", "data", "image", "map", "out", "device", "port")
-    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
-    args = parser.parse_args(argv)
+    args = cli.parser(__doc__, "network", "data", "image", "layer", "map", "out", "port").parse_args(argv)
     network, _, name, x = from_flags(args)
     (maps,) = inside.feature_maps(network.model, x, args.layer)
     for channel in inside.choose_maps(maps, args.map):
@@ -66,7 +64,7 @@ def compare(model, x, layer, channel, name, seeds=SEEDS):
         trained[method], results[method] = inside.reconstruct(model, x, layer, channel, method), []
         figures.show(axis, figures.pattern_image(trained[method]))
         axis.set_ylabel(inside.METHOD_NAMES[method])
-        axis.set_xlabel(figures.largest(trained[method]), fontsize=8)
+        axis.set_xlabel(figures.describe_scale(trained[method]), fontsize=8)
     for n, column in enumerate(columns[1:], 1):
         random = (inside.randomize(model, stages[:n], seed) for seed in range(10 * seeds))
         networks = list(islice(filter(responds, random), seeds)) or [inside.randomize(model, stages[:n])]
@@ -77,7 +75,7 @@ def compare(model, x, layer, channel, name, seeds=SEEDS):
             last[method] = sum(measures[0]) / len(networks)
             ranges = [f" ({min(v):.2f}–{max(v):.2f})" if seeds > 1 else "" for v in measures]
             rank, ssim = (f"{sum(v) / len(networks):.2f}{ends}" for v, ends in zip(measures, ranges))
-            axis.set_xlabel(f"{figures.largest(patterns[0])}\nrank {rank}\nSSIM {ssim}", fontsize=8)
+            axis.set_xlabel(f"{figures.describe_scale(patterns[0])}\nrank {rank}\nSSIM {ssim}", fontsize=8)
             results[method].append(f"{column} {rank} {ssim}")
     lines = [f"{name}, rank correlation and SSIM: {', '.join(t)}" for name, t in results.items()]
     return figure, lines, last

@@ -14,30 +14,27 @@ from common.page.client import save_figure
 
 @cli.command
 def main(argv=None):
-    flags = "network", "dataset", "data", "map", "method", "out", "device", "port"
-    parser = cli.parser(__doc__, *flags, map="0")
-    parser.add_argument("--layer", default="conv5_x", choices=inside.STAGES, help="stage (default: conv5_x)")
+    parser = cli.parser(__doc__, "network", "data", "layer", "map", "method", "out", "port", map="0")
     args = parser.parse_args(argv)
     network = network_from_flags(args)
     if network.photographs:
         everything = Photographs(args.data, network.crop)
-        name_of = everything.name
+        names = [everything.name(index) for index in range(len(everything))]
     else:
         dataset = data.load(args.dataset, args.data, network.classes, ["test"])
-        everything, labels = dataset.test_images, dataset.test_labels.tolist()
-        name_of = lambda index: network.classes[labels[index]]  # noqa: E731
+        everything, names = dataset.test_images, [network.classes[label] for label in dataset.test_labels]
     (maps,) = inside.feature_maps(network.model, network.preprocess(everything[0]), args.layer)
     channels = inside.choose_maps(maps, args.map, one_image=False)  # an error before the long search
     batch = 4 if network.photographs else 25  # photographs are many and large: they must not fill the memory
     found = responses.cached_strongest(network, everything, batch=batch)[args.layer]
     for channel in channels:
-        figure = draw(network, everything, name_of, found, args.layer, channel, args.method)
+        figure = draw(network, everything, names, found, args.layer, channel, args.method)
         save_figure(figure, args, f"top_pictures_{args.layer}_map{channel}.png")
 
 
-def draw(network, everything, name_of, found, layer, channel, method="guided"):
+def draw(network, everything, names, found, layer, channel, method="guided"):
     """A figure of the nine of all images, uint8 [N, 3, S, S] or `Photographs`, that map `channel` responds to
-    most. `name_of` a number names an image's class; `found` is what `responses.strongest` has of a layer."""
+    most. `names` are the classes of the images; `found` is what `responses.strongest` has of a layer."""
     values, indices, positions = (tensor[channel] for tensor in found[:3])
     images, places = torch.stack([everything[int(index)] for index in indices]), []
     (maps,) = inside.feature_maps(network.model, network.preprocess(images[0]), layer)
@@ -47,9 +44,9 @@ def draw(network, everything, name_of, found, layer, channel, method="guided"):
         how = layer, channel, method, int(position)
         pattern = inside.reconstruct(network.model, x, *how)
         _, correlation = inside.control(network.model, x, pattern, *how)
-        scale = f"{figures.largest(pattern)}\ncontrol: {correlation:.2f}"
+        scale = f"{figures.describe_scale(pattern)}\ncontrol: {correlation:.2f}"
         pattern = figures.pattern_image(pattern.cpu())[:, top:bottom, left:right]
-        places.append((crop, pattern, name_of(int(index)), scale))
+        places.append((crop, pattern, names[index], scale))
     return nine_and_nine(places, values, channel, layer, method)
 
 

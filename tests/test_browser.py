@@ -186,7 +186,7 @@ def test_front_page_is_there_at_any_address_and_after_a_kill(page, start, free_p
     for address in bare, f"{bare}/env/none":
         page.goto(address)
         page.get_by_text("No run yet").wait_for()
-        page.get_by_text("python test_recon_conv5.py").wait_for()
+        page.get_by_text(f"python test_recon_conv5.py --port {free_port}").wait_for()
     assert page.locator(".btn-success").bounding_box()["y"] < 50  # the toolbar covers no pane
     run, _ = make(free_port, "digits_2026-11-26_09-30-00", dataset="digits")
     with run:
@@ -273,8 +273,8 @@ def test_click_on_a_mistake_leads_to_its_reason(page, start, run, free_port, tmp
     with page.expect_popup() as popup:
         mistake.click()
     reason = popup.value
-    command = f"python Myvisdom.py --explore --weights {weights} --dataset digits --image {number}"
-    reason.get_by_text(command).wait_for()
+    flags = f"--weights {weights} --dataset digits --image {number} --port {free_port}"
+    reason.get_by_text(f"python Myvisdom.py --explore {flags}").wait_for()
 
     start(ROOT / "Myvisdom.py", "--explore", "--dataset", "digits", "--weights", weights)
     mistake.click()  # the same window shows it

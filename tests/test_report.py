@@ -91,10 +91,8 @@ def test_it_tells_this_networks_own_numbers(run, write):
     assert "for one image of 32×32 px" in text and "1×1×512" in text and "With a single position" in text
     drawn = "6.1 6.2 7.1 7.2 7.3 7 8.1 8.2 8.3 8.4.1 8.4.2 8.5.1 8.5.2 9.1 9.2 9.3 9.4"
     assert numbers_of_figures(page) == drawn.split()
-    command = (
-        f"python test_recon_conv5.py --weights {run / 'weights.pt'} --dataset digits --image 3 --device cpu"
-    )
-    assert command in text
+    flags = f"--weights {run / 'weights.pt'} --dataset digits --device cpu --image 3"
+    assert f"python test_recon_conv5.py {flags}" in text
 
 
 def test_filters_that_respond_to_brightness_are_counted(changed, write):

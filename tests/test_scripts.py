@@ -132,7 +132,8 @@ def test_grid_puts_each_map_where_its_number_says():
 
 
 def test_column_chart_has_the_values_as_heights():
-    axes = figures.column_chart(torch.tensor([1.0, 3.0, 2.0]), 1, "", "").axes[0]
+    axes = figures.Figure().subplots()
+    figures.draw_columns(axes, torch.tensor([1.0, 3.0, 2.0]), [1], "", "")
     heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.patches[:3]}
     assert heights == {0: 1, 1: 3, 2: 2}
     assert axes.patches[3].get_height() == 3 and axes.texts[0].get_text() == "map 1: 3.000"

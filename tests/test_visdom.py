@@ -541,6 +541,11 @@ def test_images_to_explore_are_never_downloaded(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             chosen(wrong)
+    monkeypatch.setattr(choices, "PHOTOGRAPHS", {})  # some packages of scikit-image have none
+    args = SimpleNamespace(image=[], dataset="cifar10", data="data")
+    for classes, crop, side in (data.CIFAR10_CLASSES, None, 32), (["a", "b"], 64, 64):
+        (image,) = choices.starting_images(args, SimpleNamespace(classes=classes, crop=crop)).values()
+        assert image.shape == (3, side, side)
     assert not (tmp_path / "data").exists()
 
 
@@ -689,13 +694,16 @@ def test_link_of_a_mistake_says_what_to_type_where_no_explorer_is_open(port, tmp
         return requests.get(f"{client.address(port)}/env/explore", flags, timeout=LIMIT)
 
     text = answer(image=43, weights="runs/my <b>run/weights.pt", dataset="digits", data="data").text
-    expected = "--explore --weights 'runs/my <b>run/weights.pt' --dataset digits --image 43<"
+    expected = f"--explore --weights 'runs/my <b>run/weights.pt' --dataset digits --image 43 --port {port}<"
     assert expected in html.unescape(text) and "<b>" not in text
-    assert "--explore --weights w.pt --image 7<" in answer(image=7, weights="w.pt", dataset="cifar10").text
+    assert (
+        f"--explore --weights w.pt --image 7 --port {port}<"
+        in answer(image=7, weights="w.pt", dataset="cifar10").text
+    )
     other = visdom.Visdom("http://127.0.0.1", port=port, env="mine")  # of another program, and it listens
     wait_for(lambda: other.socket_alive)
     other.text("mine")
-    assert "--explore --image 7<" in answer(image=7).text
+    assert f"--explore --image 7 --port {port}<" in answer(image=7).text
     other.use_socket = False  # else it goes on trying
     assert answer(image="x").url.endswith("/env/main") and answer().url.endswith("/env/main")
 
@@ -704,8 +712,9 @@ def test_what_to_type_on_windows_has_its_quotes(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     flags = dict(weights=r"my runs\cifar10\weights.pt", image="43")
     handler = mock.Mock(sources={}, get_argument=lambda key, default: flags.get(key, default))
+    handler.application.port = 8097
     page_server.open_in_explorer(handler)
-    command = r'python Myvisdom.py --explore --weights "my runs\cifar10\weights.pt" --image 43'
+    command = r'python Myvisdom.py --explore --weights "my runs\cifar10\weights.pt" --image 43<'
     assert command in html.unescape(handler.write.call_args[0][0])
 
 

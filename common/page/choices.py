@@ -8,6 +8,19 @@ from common.images import is_image_file
 PHOTOGRAPHS = {"a cat": "chelsea.png", "a horse": "horse.png", "a rocket": "rocket.jpg"}  # of scikit-image
 
 
+def starting_images(args, network):
+    """{name: uint8 [3, S, S], or the path of an image file}: what --image names and the photographs, or the
+    first digit for a network that knows digits. Downloads nothing. Raises `UserError`."""
+    images, digits = own_images(args, network), list(network.classes) == data.CLASSES["digits"]
+    if not digits:
+        images |= photographs()
+    if not images:
+        first = "0" if digits else None  # None is a photograph where CIFAR-10 is not there
+        image, name = data.select_image(first, args.dataset, args.data, network.classes, network.crop)
+        images = {name: image}
+    return images
+
+
 def own_images(args, network):
     """What --image names, {name: uint8 [3, S, S] or a path}: files, folders, numbers of test images. Raises
     `UserError`."""

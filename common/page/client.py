@@ -16,7 +16,7 @@ from PIL import Image
 
 from common import figures
 from common.checkpoint import atomic_write
-from common.cli import UserError, make_folder, print_last
+from common.cli import UserError, make_folder, port_flag, print_last
 from common.page import front
 from common.page.tiles import tile
 
@@ -25,7 +25,7 @@ from common.page.tiles import tile
 for scheme, proxy in urllib.request.getproxies().items():
     os.environ.setdefault(f"{scheme}_proxy", proxy)
 for variable in ("NO_PROXY", "no_proxy"):
-    if os.environ.get(variable) != "*":  # which is for all, but only alone
+    if os.environ.get(variable) != "*":  # which means every host, but only by itself
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
 
 PAGES = "runs/visdom"  # where the server keeps what the pages show
@@ -143,7 +143,7 @@ def save_figure(figure, args, name, bars=None):
     print(path)
     with contextlib.suppress(UserError, ConnectionError, ImportError):  # the file is what counts
         if not is_listening(args.port):
-            command = "python Myvisdom.py" + (f" --port {args.port}" if args.port != 8097 else "")
+            command = f"python Myvisdom.py{port_flag(args.port)}"
             print_last(f"to see them in a browser: start {command} in another terminal, then repeat this")
             return
         client = connect(args.port, "figures")

@@ -17,7 +17,7 @@ from common import cli, data, inside, responses
 from common.images import read_image
 from common.network import network_from_flags, weights_path
 from common.page import assets, client, front
-from common.page.choices import own_images, photographs
+from common.page.choices import starting_images
 from common.page.tiles import heat_map, pattern_tile, tile, to_square
 
 # Pixels. Three columns of panes fill a window of 1280×800. A pane's height is a multiple of 15, less 10; what
@@ -29,7 +29,7 @@ LISTED = 100  # test images to choose from by name, and mistakes among them; the
 
 class Explorer:
     """The panes, drawn anew when something is chosen. `images` is {name: uint8 [3, S, S], or the path of an
-    image file, which is read when it is chosen}; `prepare` adds test images. `weights` is the path of the
+    image file, which is read when it is chosen}; `load_test_images` adds those. `weights` is the path of the
     network. The lock is held while a choice or click is answered: what goes on in the background waits for
     it."""
 
@@ -234,34 +234,34 @@ class Explorer:
         mistakes = inside.mistakes(self.test_labels, logits, self.network.classes)
         for index, _, predicted, _ in mistakes[:LISTED]:
             self.taken_for[self._add_test_image(index)] = f", taken for {predicted}"
-        own = [name for name in self.images if not name.startswith("test image ")]
-        self.images = {
-            name: self.images[name] for name in dict.fromkeys([*own, *self.taken_for, *self.images])
-        }
+        own = {name: image for name, image in self.images.items() if not name.startswith("test image ")}
+        wrong = {name: self.images[name] for name in self.taken_for}
+        self.images = own | wrong | self.images  # each name at its first place
         self._draw_choices()
 
-    def prepare(self, args):
+    def load_test_images(self, args):
         """Adds the test images, where they are, and finds what each map responds to most; for a thread."""
         try:
             if self.network.photographs:
-                self.say("Test images are shown here for networks that were trained on them, by train.py.")
-            elif data.is_present(args.dataset, args.data):
-                self.say("reading the test images …")
-                dataset = data.load(args.dataset, args.data, self.network.classes, ["test"])
-                with self.lock:
-                    self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
-                    for index in range(min(LISTED, len(self.test_images))):
-                        self._add_test_image(index)
-                    self._draw_choices()
-                    self._open_linked()
-                network = self.network._replace(model=copy.deepcopy(self.network.model))  # hooks are its own
-                found = responses.cached_strongest(network, dataset.test_images, batch=8, progress=self.track)
-                with self.lock:
-                    self.found = found
-                    self._list_mistakes()
-                    self._draw_responses()
-            else:
-                self.say(f"There is no CIFAR-10 in {args.data}: with it, this pane would show test images.")
+                note = "Test images are shown here for networks that were trained on them, by train.py."
+                return self.say(note)
+            if not data.is_present(args.dataset, args.data):
+                note = f"There is no CIFAR-10 in {args.data}: with it, this pane would show test images."
+                return self.say(note)
+            self.say("reading the test images …")
+            dataset = data.load(args.dataset, args.data, self.network.classes, ["test"])
+            with self.lock:
+                self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
+                for index in range(min(LISTED, len(self.test_images))):
+                    self._add_test_image(index)
+                self._draw_choices()
+                self._open_linked()
+            network = self.network._replace(model=copy.deepcopy(self.network.model))  # hooks are its own
+            found = responses.cached_strongest(network, dataset.test_images, batch=8, progress=self.track)
+            with self.lock:
+                self.found = found
+                self._list_mistakes()
+                self._draw_responses()
         except cli.UserError as error:
             self.say(f"No test images: {error}")
         except ConnectionError:  # the page has ended
@@ -291,12 +291,7 @@ def explore(args):
     """Opens the page and answers it until it is interrupted. Raises `UserError`."""
     port, network = args.port, network_from_flags(args)
     data.is_present(args.dataset, args.data)  # or an error
-    images = own_images(args, network)
-    if list(network.classes) != data.CLASSES["digits"]:
-        images |= photographs()
-    if not images:
-        image, name = data.select_image("0", args.dataset, args.data, network.classes)
-        images = {name: image}
+    images = starting_images(args, network)
     assets.ensure()
     server = None
     if not client.is_listening(port):
@@ -315,7 +310,7 @@ def explore(args):
             explorer = Explorer(network, images, page, weights_path(args.weights, args.dataset))
             front.draw(page)
             print(f"look inside: {client.address(port)}/env/explore (Ctrl-C ends it)", flush=True)
-            background = threading.Thread(target=explorer.prepare, args=[args], daemon=True)
+            background = threading.Thread(target=explorer.load_test_images, args=[args], daemon=True)
             background.start()
             while not signals:
                 time.sleep(1)
@@ -323,7 +318,8 @@ def explore(args):
                     raise cli.UserError("the visdom server has ended, and the page with it: start this again")
             explorer.closing = True
             background.join(timeout=10)
-            note = "The explorer has ended. <code>python Myvisdom.py --explore</code> opens it again."
+            command = f"python Myvisdom.py --explore{cli.port_flag(port)}"
+            note = f"The explorer has ended. <code>{command}</code> opens it again."
             page.text(note, win="Choose", opts=dict(title="Choose", width=LEFT, height=155))
             forget(page)
             front.draw(page)

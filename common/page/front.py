@@ -7,6 +7,8 @@ import re
 import time
 from urllib.parse import quote
 
+from common.cli import port_flag
+
 TIME = "%Y-%m-%d %H:%M:%S"  # the form of a time in the pane "Run"
 SILENT = 60  # seconds after which a page that its run no longer draws is that of a run that was interrupted
 COMMANDS = {
@@ -32,13 +34,14 @@ def draw(client):
             content = json.loads(client.get_window_data("Run", name))["content"]
             runs[name] = dict(re.findall(r"<b>(.*?)</b>.*?<td>(.*?)</td>", content))
     names = sorted(runs, key=lambda name: (_start(name), name), reverse=True)
-    client.text(_runs_table(runs, names), "Runs", "main", dict(title="Runs", width=760, height=690))
+    port = port_flag(client.port)
+    client.text(_runs_table(runs, names, port), "Runs", "main", dict(title="Runs", width=760, height=690))
     there = [
         f"<a href='/env/{name}'><b>{name}</b></a>&emsp;{text}"
         for name, text in LINKS.items()
         if name in pages
     ]
-    lines = [f"<code>{command}</code><br>&emsp;{text}" for command, text in COMMANDS.items()]
+    lines = [f"<code>{command}{port}</code><br>&emsp;{text}" for command, text in COMMANDS.items()]
     text = f"{STYLE}{'<br>'.join(there)}<h4>What to type in a terminal</h4>{'<br>'.join(lines)}</div>"
     client.text(text, "Look inside", "main", dict(title="Look inside", width=480, height=690))
     client.save(["main"])
@@ -51,10 +54,10 @@ def _start(name):
     return "{} {}:{}".format(*found.groups()) if found else ""
 
 
-def _runs_table(runs, names):
+def _runs_table(runs, names, port):
     """The runs as HTML, in the order of `names`; or what to type where there are none."""
     if not names:
-        return f"{STYLE}No run yet. <code>{next(iter(COMMANDS))}</code> starts one.</div>"
+        return f"{STYLE}No run yet. <code>{next(iter(COMMANDS))}{port}</code> starts one.</div>"
     rows = []
     for name in names:
         run, link = runs[name], f"<a href='/env/{quote(name)}'><b>{html.escape(name)}</b></a>"

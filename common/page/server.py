@@ -1,4 +1,4 @@
-"""The visdom server, in a process of its own that imports little else: server.py PORT PATH"""
+"""The visdom server, which imports little else; as a process of its own: server.py PORT PATH"""
 
 import html
 import json
@@ -23,8 +23,8 @@ for name in HIDDEN:
 
 
 def show_front_page():
-    """Makes the bare address, and those of pages that are not there, lead to the front page: a browser would
-    show what it showed last, which may be no more, or nothing."""
+    """Redirects the bare address and unknown pages to the front page: visdom would show the page seen last,
+    which may be gone, or a blank one."""
     get = web_handlers.EnvHandler.get
 
     def get_page(handler, name):
@@ -54,8 +54,9 @@ def open_in_explorer(handler):
     """Answers the link of a mistake: an explorer that runs is told to open that image, by an event as those
     that the browser sends it; where none runs, the answer is what to type."""
     flags = {key: handler.get_argument(key, "") for key in ("weights", "dataset", "data", "image")}
-    usual = "", "cifar10", "data"
-    given = [word for key, value in flags.items() if value not in usual for word in (f"--{key}", value)]
+    flags["port"] = str(handler.application.port)
+    defaults = "", "cifar10", "data", "8097"
+    given = [word for key, value in flags.items() if value not in defaults for word in (f"--{key}", value)]
     quote = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     command = f"<code>{html.escape(quote(['python', 'Myvisdom.py', '--explore', *given]))}</code>"
     if is_explorer_open(handler):
@@ -67,7 +68,7 @@ def open_in_explorer(handler):
                   f"{command}<br>opens it on this image; then load this page again.</div>")  # fmt: skip
 
 
-def set_aside_damaged(path):
+def rename_damaged(path):
     """Renames the pages in that folder that a server which was killed has saved in part: nothing could be
     drawn on them."""
     for file in Path(path).glob("*.json"):
@@ -80,7 +81,7 @@ def set_aside_damaged(path):
 def serve(port, path):
     """Serves this machine alone until interrupted, with the pages in the folder `path`. Raises OSError."""
     os.makedirs(path, exist_ok=True)
-    set_aside_damaged(path)
+    rename_damaged(path)
     show_front_page()
     keep_toolbar_in_one_row()
     os.environ.setdefault("USERNAME", "you")  # visdom 0.2 asks for a name; some users of containers have none

@@ -24,7 +24,7 @@ def tile(image, caption, side, font):
 def pattern_tile(pattern, caption, side):
     """A pattern [3, H, W] as a tile, whose caption ends with its scale."""
     image = (255 * figures.pattern_image(pattern)).to(torch.uint8)
-    return tile(image, f"{caption}; {figures.largest(pattern)}", side, 11)
+    return tile(image, f"{caption}; {figures.describe_scale(pattern)}", side, 11)
 
 
 def heat_map(values):
