@@ -185,33 +185,12 @@ def backward(model, images, labels, batch, size, settings, scaler, micro_batches
     return distributed.all_reduce_sum(result)
 
 
-class ProgressBar:
-    """One bar an epoch: images and images/s, the latest loss and accuracy, and the time left in the run."""
-
-    def __init__(self, run, page):
-        self.run, self.page = run, page
-        pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration, a measure of its time
-        self.work = np.append(0, pixels.cumsum())  # done after 0, 1, 2, … iterations
-        self.first, self.began = run.iteration, time.time()
-
-    def epoch(self, epoch, first):
-        """Opens the bar of an epoch whose first `first` steps are done; use it in a `with`."""
-        settings, batch_size = self.run.settings, self.run.batch_size
-        self.bar = cli.progress_bar(
-            desc=f"epoch {epoch + 1}/{settings['epochs']}, {settings['sizes'][epoch]} px", unit=" images",
-            total=self.run.steps * batch_size, initial=first * batch_size, disable=distributed.RANK > 0,
-        )  # fmt: skip
-        return self.bar
-
-    def update(self, iteration):
-        """Call it after each step; `iteration` counts those that are done."""
-        done, left = self.work[iteration] - self.work[self.first], self.work[-1] - self.work[iteration]
-        self.page.eta = self.bar.format_interval((time.time() - self.began) * left / done)
-        if self.run.iteration:  # it lags by one
-            loss, accuracy = (self.run.history[key][-1] for key in ("loss", "accuracy"))
-            latest = f"loss {loss:.3f}, accuracy {accuracy:.1%}, run {self.page.eta} left"
-            self.bar.set_postfix_str(latest, refresh=False)
-        self.bar.update(self.run.batch_size)
+def time_left(run):
+    """The seconds until the run ends, if an iteration takes as long as its images have pixels."""
+    pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an image, in each iteration
+    spent = sum(row["seconds"] for row in run.history["epochs"]) + run.history["seconds"]
+    spent += time.time() - run.saved_at
+    return spent * pixels[run.iteration :].sum() / pixels[: run.iteration].sum()
 
 
 class NoPage(contextlib.nullcontext):
@@ -229,7 +208,7 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it or 0.
     Raises `UserError` when a loss is not finite, and when it cannot save the run at its start or end."""
     model = distributed.data_parallel(run.model, sync_bn)
-    progress, stop = ProgressBar(run, page), 0
+    stop = 0
     with cli.stop_signals() as signals, page:
 
         def stop_signal():  # that any of the processes has received, or 0
@@ -237,7 +216,7 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
 
         run.save(required=True)  # fails now if nothing can be written
         for epoch in range(len(run.history["epochs"]), run.settings["epochs"]):
-            stop = train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, micro_batches)
+            stop = train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro_batches)
             if not stop:
                 evaluate_epoch(run, dataset, epoch, page)
                 stop = stop_signal()
@@ -248,7 +227,7 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     return stop
 
 
-def train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, micro_batches):
+def train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro_batches):
     """Takes the steps of an epoch that the run has not taken yet. Returns the signal that ended it, or 0."""
     images, labels, settings = dataset.train_images, dataset.train_labels, run.settings
     size, augmentation = settings["sizes"][epoch], dict(shift=settings["shift"], flip=settings["flip"])
@@ -256,8 +235,12 @@ def train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, m
         len(images), run.batch_size, settings["seed"], epoch, **augmentation, device=images.device
     )
     first, stop = run.iteration - epoch * run.steps, 0  # first is not 0 when resumed within the epoch
+    bar = cli.progress_bar(
+        desc=f"epoch {epoch + 1}/{settings['epochs']}, {size} px", unit=" images",
+        total=run.steps * run.batch_size, initial=first * run.batch_size, disable=distributed.RANK > 0,
+    )  # fmt: skip
     model.train()
-    with progress.epoch(epoch, first):
+    with bar:
         for iteration, batch in enumerate(batches[first:], run.iteration):
             lr = learning_rate(settings, iteration / (run.steps * settings["epochs"]))
             run.set_learning_rate(lr)
@@ -268,7 +251,12 @@ def train_epoch(run, model, dataset, epoch, progress, stop_signal, save_every, m
             run.scaler.update()
 
             run.record(result, lr)
-            progress.update(iteration + 1)
+            if run.iteration:  # what it counts lags by one
+                page.eta = bar.format_interval(time_left(run))
+                loss, accuracy = (run.history[key][-1] for key in ("loss", "accuracy"))
+                latest = f"loss {loss:.3f}, accuracy {accuracy:.1%}, run {page.eta} left"
+                bar.set_postfix_str(latest, refresh=False)
+            bar.update(run.batch_size)
             if stop := stop_signal():
                 break
             if time.time() - run.saved_at > 60 * save_every:
@@ -337,7 +325,7 @@ def non_default_flags(args, **defaults):
     """Those flags that differ from their defaults, to be typed again: " --dataset digits"."""
     values = {name: str(getattr(args, name)) for name in defaults}
     changed = (name for name in defaults if values[name] != defaults[name])
-    return "".join(f" --{name} {cli.quote(values[name])}" for name in changed)
+    return "".join(f" --{name.replace('_', '-')} {cli.quote(values[name])}" for name in changed)
 
 
 def resume_command(args):
@@ -347,7 +335,7 @@ def resume_command(args):
     if distributed.WORLD_SIZE > processes:  # on several machines, whose flags only torchrun knows
         start = "torchrun …"
     defaults = dict(out=str(Path("runs", args.dataset)), dataset="cifar10", data="data", device="auto")
-    flags = non_default_flags(args, **defaults, accumulate="1", port="8097")
+    flags = non_default_flags(args, **defaults, accumulate="1", save_every="5", port="8097")
     return f"{start} train.py --resume{flags}{' --sync-bn' * args.sync_bn}{' --no-visdom' * args.no_visdom}"
 
 

@@ -1,7 +1,6 @@
 """CIFAR-10's python archive: reading it, packed or unpacked, and downloading it."""
 
 import contextlib
-import gzip
 import hashlib
 import http.client
 import lzma
@@ -25,17 +24,16 @@ TIMEOUT = 20  # seconds without data, after which a download has failed
 def load(folder, places, splits):
     """[(images uint8 [N, 3, 32, 32], labels int64 [N]) for each split], "train" or "test", from the first of
     these files and folders that has them whole, or downloaded to `folder`. Nothing is unpacked to the disk.
-    Raises `UserError`, also for an archive that is damaged, unless it only ends too early."""
+    A packed archive that is only cut off is downloaded again; other damage raises `UserError`."""
     problem = f"no CIFAR-10 in {folder}"
     for place in places:
         try:
             return _read(place, splits)
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0].strip(":")
-            if place.is_file() and (place == folder or not _is_cut(place)):
-                way_out = (
-                    "name another with --data" if place == folder else "delete it, to have it downloaded"
-                )
+            is_cut = isinstance(error, EOFError) or not place.stat().st_size
+            if place.is_file() and (place == folder or not is_cut):
+                way_out = "name another with --data" if place == folder else "delete it, to download it"
                 raise UserError(f"{place} is damaged, or not CIFAR-10's python archive ({reason}): {way_out}")
             problem = f"{place} is incomplete ({reason})"
     return _read(_download(folder, problem), splits)
@@ -67,22 +65,9 @@ def _read(place, splits):
     return result
 
 
-def _is_cut(path):
-    """Whether a gzip file ends too early."""
-    try:
-        with gzip.open(path) as file:
-            while file.read(2**20):
-                pass
-        return path.stat().st_size == 0
-    except EOFError:
-        return True
-    except (OSError, zlib.error):
-        return False
-
-
 def _download(folder, problem):
-    """Downloads the archive to `folder`, where it gets its name once it is whole: one that is cut off is
-    begun anew by the next start. Returns its path. Raises `UserError`, which begins with `problem`."""
+    """Downloads the archive to `folder`, where it gets its name once it is whole: a download that breaks off
+    starts again next time. Returns its path. Raises `UserError`, which begins with `problem`."""
     from torchvision.datasets import CIFAR10
 
     print(f"{problem}: downloading its python archive, 170 MB, to {folder} …", flush=True)

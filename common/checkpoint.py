@@ -53,16 +53,12 @@ def save(content, path):
         file.write(whole.getbuffer())
 
 
-def cached(path, fingerprint, compute):
-    """What `compute()`, a dictionary, gave for this `fingerprint`: from the file `path`, or else computed and
-    saved there. A save that fails is reported, not raised."""
-    try:
-        content = load(path)
-        if content["fingerprint"] == fingerprint:
-            return content
-    except (UserError, KeyError, TypeError):  # none there, or not one of ours
-        pass
-    content = compute() | dict(fingerprint=fingerprint)
+def cached(path, compute):
+    """What `compute()` gave when the file `path` was saved, or else computed and saved there now. A save that
+    fails is reported, not raised."""
+    with contextlib.suppress(UserError):  # there is none, or it is damaged
+        return load(path)
+    content = compute()
     try:
         save(content, path)
     except UserError as error:

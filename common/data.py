@@ -24,6 +24,7 @@ from common.images import EXTENSIONS, READABLE, SIDE, photograph, read_image
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CLASSES = {"cifar10": CIFAR10_CLASSES, "digits": [str(digit) for digit in range(10)]}  # by label
 SPLITS = "train", "test"
+ARCHIVE_NAMES = PACKED, PACKED.removesuffix(".gz"), UNPACKED, "data_batch_1", "test_batch"
 EXPECTED = f"put train/<class>/ and test/<class>/, {UNPACKED}/, or {PACKED} there"
 
 
@@ -90,7 +91,7 @@ def _form(folder):
     names = {path.name.lower() for path in _entries(folder)}
     if names & {*SPLITS, *CIFAR10_CLASSES}:
         return "images"
-    if names & {PACKED, PACKED.removesuffix(".gz"), UNPACKED, "data_batch_1", "test_batch"}:
+    if names & {*ARCHIVE_NAMES}:
         return "archive"
     return "nothing" if all(name.startswith(PACKED) for name in names) else None
 
@@ -148,10 +149,10 @@ def _digits():
 def _archive(root, splits):
     """({split: (images, labels)}, the source in words) of the python archive: the file `root`, or in that
     folder, or downloaded to it."""
-    names, found, parts = (UNPACKED, PACKED.removesuffix(".gz"), PACKED, "data_batch_1", "test_batch"), {}, {}
-    if root.exists():
-        found = {PACKED: root} if root.is_file() else _named(root, names)
-    places = dict.fromkeys(root if "_batch" in name else path for name, path in found.items())
+    places, parts = [root], {}
+    if not root.is_file():
+        found = _named(root, ARCHIVE_NAMES) if root.exists() else {}
+        places = dict.fromkeys(root if "_batch" in name else path for name, path in found.items())
     for split, (images, labels) in zip(splits, archive.load(root, places, splits)):
         rank = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # 1 for the first of its class …
         order = (rank * len(CIFAR10_CLASSES) + labels).argsort()
@@ -225,7 +226,7 @@ def _save_cache(cache, path):
 
 
 def _key(path):
-    """What tells a file, as it is now, from all others of its split, in a line of text."""
+    """A line that identifies a file of a split, as it is now."""
     try:
         stat = path.stat()
         return repr((*path.parts[-2:], stat.st_size, stat.st_mtime_ns))

@@ -33,10 +33,9 @@ class History:
         rows, self.accuracy = _numbers(folder / "metrics.csv"), known.get("accuracy")
         if not saved and rows:
             self.accuracy = rows[-1].get("test_accuracy")
-        whole = all(row.get(key) is not None for row in rows for key in COLUMNS)
-        fits = rows and whole and rows[-1]["test_accuracy"] == self.accuracy
-        whole_numbers = [{key: int(row[key]) for key in COLUMNS[:3]} for row in rows if fits]
-        self.epochs = [dict(last_size_accuracy=None) | row | whole for row, whole in zip(rows, whole_numbers)]
+        complete = all(row.get(key) is not None for row in rows for key in COLUMNS)
+        fits = rows and complete and rows[-1]["test_accuracy"] == self.accuracy
+        self.epochs = [dict(last_size_accuracy=None) | row for row in rows if fits]
         steps = _numbers(folder / "loss.csv") if fits else []
         self.losses = [row["loss"] for row in steps if row.get("loss") is not None]
         self.classes, self.counts = _confusion(folder / "confusion.csv")
@@ -100,9 +99,13 @@ def _numbers(path):
     """The rows of a table of numbers, {column: number or None}; [] if there is none, or something else."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError):
+            return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, AttributeError):
         return []
+
+
+def _number(text):
+    return (int if text.isdecimal() else float)(text) if text else None
 
 
 def _confusion(path):
@@ -116,8 +119,8 @@ def _confusion(path):
 
 
 def weights_of_run(run):
-    """The file of weights that --compare names by itself or by its folder; a folder with tables alone is
-    itself. Raises `UserError`."""
+    """The weights of the run that --compare names by its file or folder; for a folder with tables alone, that
+    folder. Raises `UserError`."""
     run = Path(run)
     if not run.is_dir():
         return run

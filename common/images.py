@@ -1,4 +1,4 @@
-"""Reading one image file, whatever it is: an image of 32×32, or one line that says why not."""
+"""Reading image files: as images of 32×32 or as photographs, or one line that says why one cannot be read."""
 
 import contextlib
 import logging
@@ -18,13 +18,7 @@ FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for wh
 READABLE = "PNG, JPEG, GIF, BMP, PPM, TIFF or WebP"
 EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
 DEPTHS = 1, 255, 1023, 4095, 65535  # the largest value of an image of floats, or of 8, 10, 12 or 16 bits
-BRANDS = {
-    b"hei": "HEIC",
-    b"hev": "HEIC",
-    b"mif": "HEIC",
-    b"msf": "HEIC",
-    b"avi": "AVIF",
-}  # by their beginning
+BRANDS = {b"hei": "HEIC", b"hev": "HEIC", b"mif": "HEIC", b"msf": "HEIC", b"avi": "AVIF"}  # begin with these
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # where PIL has doubts, the image is read without a word
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -38,13 +32,13 @@ def read_image(path, crop=None):
     path, way_out = Path(path), "fix, replace or remove it"
     try:
         if path.is_file():
-            return prepare(_decode(path), crop)
-        if path.is_symlink() and not path.exists():
-            problem = "it is a broken link"
+            return crop_and_shrink(_decode(path), crop)
+        if path.is_dir():
+            problem = "it is a folder"
+        elif path.exists():
+            problem = "it is not a regular file"
         else:
-            problem = (
-                "it is a folder" if path.is_dir() else "it is not a regular file" if path.exists() else ""
-            )
+            problem = "it is a broken link" if path.is_symlink() else ""
     except UnidentifiedImageError:
         problem, way_out = _foreign_format(path), "convert, replace or remove it"
     except Exception as error:  # decoders raise all kinds
@@ -108,8 +102,8 @@ def _to_8_bits(image):
 
 def is_image_file(path):
     """Whether that is the name of an image file, and not a hidden one, such as those that a Mac adds."""
-    name = Path(path).name
-    return name[0] != "." and Path(name).suffix.lower() in EXTENSIONS
+    path = Path(path)
+    return path.name[0] != "." and path.suffix.lower() in EXTENSIONS
 
 
 class Photographs:
@@ -141,7 +135,7 @@ class Photographs:
         return path.parent.name or path.name
 
 
-def prepare(image, crop=None):
+def crop_and_shrink(image, crop=None):
     """A PIL image in mode RGB or RGBA as uint8 [3, 32, 32] or [3, crop, crop], as `read_image` says. For a
     `crop` of 224 the shorter side becomes 256, as in what torchvision's ImageNet weights come with."""
     if crop:
@@ -171,8 +165,8 @@ def photograph(crop=None):
     try:
         from skimage.data import chelsea  # these take seconds to import: only where they are used
 
-        return prepare(Image.fromarray(chelsea()), crop), "a cat"
+        return crop_and_shrink(Image.fromarray(chelsea()), crop), "a cat"
     except Exception:  # its package has no images, and none can be downloaded
         from sklearn.datasets import load_sample_image
 
-        return prepare(Image.fromarray(load_sample_image("flower.jpg")), crop), "a flower"
+        return crop_and_shrink(Image.fromarray(load_sample_image("flower.jpg")), crop), "a flower"

@@ -27,7 +27,7 @@ class Run:
     """The state of a run: `model`, `optimizers`, `scaler`, and in `history` what happened, per iteration
     and per epoch (the rows of metrics.csv). With the seed the history says what comes next, so no other state
     needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on from, `init` a state dict to
-    start from: of it, fc is left out where it knows another number of classes."""
+    start from, whose fc is skipped if its number of classes differs."""
 
     def __init__(self, settings, dataset, out, device, saved=None, init=None):
         self.settings, self.out, self.last = settings, out, out / "last.pt"
@@ -97,14 +97,14 @@ class Run:
         (loss, accuracy), rate = self.pending[0].tolist(), self.pending[1]
         self.pending = None
         problem = f"the loss is {loss} in iteration {self.iteration + 1}, at learning rate {rate:.3g}"
-        self._check(math.isfinite(loss), problem)
+        self._require_finite(math.isfinite(loss), problem)
         now = time.perf_counter()
         clock = (self.history["clock"] or [0.0])[-1] + now - self.mark
         for key, value in dict(clock=clock, rate=rate, accuracy=accuracy, loss=loss).items():
             self.history[key].append(value)  # the loss last: the live page counts by it
         self.mark = now
 
-    def _check(self, finite, problem):
+    def _require_finite(self, finite, problem):
         if not finite:
             kept = f"{self.last} still has the run up to iteration {self.saved_iteration}"
             way_out = "start another with a lower --lr, or with --precision fp32"
@@ -122,8 +122,8 @@ class Run:
         return row
 
     def save(self, curves=False, required=False):
-        """Writes all files, but `curves` only on demand. If that fails it says so, or if it is `required`
-        raises `UserError`, as it does before it would save weights that are not finite."""
+        """Writes all files, `curves` only on demand. A save that fails is reported or, if it is `required`,
+        raised as `UserError`; weights that are not finite always raise that."""
         self.read_pending()
         now, history, sizes = time.time(), self.history, self.settings["sizes"]
         history["seconds"] += now - self.saved_at
@@ -133,7 +133,7 @@ class Run:
         halves = {name: t.cpu().half() if t.ndim > 1 else t.cpu() for name, t in state.items()}
         finite = all(bool(tensor.isfinite().all()) for tensor in halves.values())
         rate = f", at learning rate {history['rate'][-1]:.3g}" if history["rate"] else ""
-        self._check(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
+        self._require_finite(finite, f"the weights are not finite after iteration {self.iteration}{rate}")
         if distributed.RANK:
             return  # the first process writes
         network = self.about | dict(model=state, mean=self.settings["mean"], std=self.settings["std"])

@@ -11,8 +11,6 @@ from common import checkpoint
 from common.cli import UserError
 from MyResnet import ResNet18, to_torchvision
 
-IMAGENET = "imagenet"  # instead of a file: those of torchvision
-
 
 def read(path, flag="--weights"):
     """(state dict of a `ResNet18`, float32 on the CPU; what else the file holds, a dictionary). Raises
@@ -44,7 +42,7 @@ def read(path, flag="--weights"):
 
 def _content(path, flag):
     """What the file holds. `path` may also be "imagenet"."""
-    if str(path) == IMAGENET:
+    if str(path) == "imagenet":
         from torchvision.models import ResNet18_Weights  # takes a second to import
 
         weights = ResNet18_Weights.IMAGENET1K_V1

@@ -10,7 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from common import checkpoint, data, inside
 from common.cli import UserError
-from common.images import prepare
+from common.images import crop_and_shrink
 from common.network import REFERENCE, load_network
 from MyResnet import ResNet18, to_torchvision
 
@@ -49,7 +49,7 @@ def test_reconstructions_are_captums(model, x, layer, method, unit):
 @pytest.mark.parametrize("method", CAPTUM)
 def test_reconstructions_of_the_reference_network_are_captums(method):
     network = load_network(REFERENCE, "cifar10", torch.device("cpu"))
-    flower = prepare(Image.fromarray(load_sample_image("flower.jpg")))
+    flower = crop_and_shrink(Image.fromarray(load_sample_image("flower.jpg")))
     assert_captums(network.model, network.preprocess(flower), "conv5_x", method, "map")
 
 

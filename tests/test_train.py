@@ -80,8 +80,8 @@ def test_way_to_go_on_has_the_processes_and_the_device(monkeypatch):
     assert train.resume_command(args) == "torchrun … train.py --resume --dataset digits"  # with two machines
     monkeypatch.setattr(train.distributed, "LOCAL_WORLD_SIZE", 8)
     assert train.resume_command(args) == "torchrun --nproc-per-node=8 train.py --resume --dataset digits"
-    args = train.parse(["--port", "9000", "--no-visdom"])
-    assert train.resume_command(args).endswith("train.py --resume --port 9000 --no-visdom")
+    args = train.parse(["--port", "9000", "--no-visdom", "--save-every", "0.5"])
+    assert train.resume_command(args).endswith("train.py --resume --save-every 0.5 --port 9000 --no-visdom")
 
 
 @pytest.fixture(scope="module")
