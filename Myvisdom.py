@@ -243,6 +243,8 @@ def main(argv=None):
     image_help = "with --explore: an image file, or a folder of them, to look at; may be given several times"
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image_help)
     args = parser.parse_args(argv)
+    if not args.explore and (args.image or args.weights):
+        parser.error("--image and --weights go with --explore")
     if args.explore:
         from common.page.explorer import explore  # which imports what the other pages do without
 

@@ -13,7 +13,7 @@ def main(argv=None):
 
     for name, figure in figures.filter_grids(filters):
         save_figure(figure, args, f"filters_{name}.png")
-    print(f"64 filters of 7×7×3; the largest weight is {filters.abs().max():.3f} in size")
+    print(f"64 filters of 7×7×3; the largest weight in magnitude is {filters.abs().max():.3f}")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,9 @@ def parse(argv):
         parser.error("--weights goes with --evaluate")
     if args.resume + args.evaluate + bool(args.init) > 1:
         parser.error("--resume, --evaluate and --init exclude each other")
+    training = "recipe epochs batch_size lr seed limit".split()
+    if args.evaluate and (useless := [name for name in training if getattr(args, name) is not None]):
+        parser.error(f"--{useless[0].replace('_', '-')} is for training, not for --evaluate")
     if args.sync_bn and not (distributed.WORLD_SIZE > 1 and torch.cuda.is_available()):
         parser.error("--sync-bn needs torchrun and CUDA: leave it out")
     args.out = Path(args.out or ("figures" if args.evaluate else f"runs/{args.dataset}"))
@@ -189,7 +192,7 @@ def time_left(run):
     """The seconds until the run ends, if an iteration takes as long as its images have pixels."""
     pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an image, in each iteration
     spent = sum(row["seconds"] for row in run.history["epochs"]) + run.history["seconds"]
-    spent += time.time() - run.saved_at
+    spent += time.monotonic() - run.saved_at
     return spent * pixels[run.iteration :].sum() / pixels[: run.iteration].sum()
 
 
@@ -237,6 +240,7 @@ def train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro
     first, stop = run.iteration - epoch * run.steps, 0  # first is not 0 when resumed within the epoch
     bar = cli.progress_bar(
         desc=f"epoch {epoch + 1}/{settings['epochs']}, {size} px", unit=" images",
+        bar_format="{desc}: {percentage:.0f}%{postfix}, {rate_fmt} {bar}",  # what counts most in 80 columns
         total=run.steps * run.batch_size, initial=first * run.batch_size, disable=distributed.RANK > 0,
     )  # fmt: skip
     model.train()
@@ -254,12 +258,12 @@ def train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro
             if run.iteration:  # what it counts lags by one
                 page.eta = bar.format_interval(time_left(run))
                 loss, accuracy = (run.history[key][-1] for key in ("loss", "accuracy"))
-                latest = f"loss {loss:.3f}, accuracy {accuracy:.1%}, run {page.eta} left"
+                latest = f"run {page.eta} left, loss {loss:.3f}, accuracy {accuracy:.1%}"
                 bar.set_postfix_str(latest, refresh=False)
             bar.update(run.batch_size)
             if stop := stop_signal():
                 break
-            if time.time() - run.saved_at > 60 * save_every:
+            if time.monotonic() - run.saved_at > 60 * save_every:
                 run.save()
     run.read_pending()
     return stop

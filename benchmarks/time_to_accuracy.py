@@ -4,7 +4,10 @@ python -m benchmarks.time_to_accuracy                 of the runs with tables in
 python -m benchmarks.time_to_accuracy runs/cifar10    of your own"""
 
 import csv
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))  # for `python benchmarks/time_to_accuracy.py`
 
 from common import cli
 

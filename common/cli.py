@@ -34,11 +34,13 @@ def quote(*words):
 
 
 def one_line(text, limit=290):
-    """The text as one line of at most `limit` characters: a longer one loses its middle."""
-    text = " ".join(text.split())
+    """The text as one line of at most `limit` characters: a longer one loses its middle. What would control a
+    terminal becomes "?"."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit // 2 - 1]} … {text[-(limit // 2 - 2) :]}"
 
 
+FULL = "ENOSPC", "EDQUOT", "EFBIG", "EIO"  # what the system says when output has no more room
 _last_lines = []  # what `command` prints when the script has done its work
 
 
@@ -74,7 +76,7 @@ def command(main):
         except OSError as error:
             if error.filename is None and error.errno == errno.EINVAL and sys.platform == "win32":
                 status = 141  # so Windows calls a broken pipe
-            elif error.filename is None and error.errno != errno.ENOSPC:
+            elif error.filename is None and errno.errorcode.get(error.errno) not in FULL:
                 raise  # a bug, which deserves its traceback
             else:
                 message = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
@@ -87,7 +89,8 @@ def command(main):
         finally:
             drop_unwritten()
         if message:
-            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # one of many, by torchrun
+            by_torchrun = {"MASTER_ADDR", "RANK"} <= os.environ.keys()  # this is one of many processes
+            rank = f"rank {os.environ['RANK']}: " if by_torchrun else ""
             with contextlib.suppress(OSError):
                 print(one_line(f"{rank}{'error: ' * (status == 2)}{message}"), file=sys.stderr)
         raise SystemExit(status)
@@ -219,7 +222,7 @@ def parser(description, *flags, **defaults):
     """An argument parser with these of `FLAGS`, of which "network" stands for those in `NETWORK`, and perhaps
     other `defaults`."""
     layout = argparse.RawDescriptionHelpFormatter
-    result = argparse.ArgumentParser(description=description, formatter_class=layout)
+    result = argparse.ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
     result.error = lambda message: result.exit(
         2, one_line(f"error: {message} (--help lists the flags)") + "\n"
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from common import archive, checkpoint
 from common.archive import PACKED, UNPACKED
-from common.cli import UserError, progress_bar
+from common.cli import UserError, one_line, progress_bar
 from common.device import memory_format
 from common.images import EXTENSIONS, READABLE, SIDE, photograph, read_image
 
@@ -50,7 +50,7 @@ def load(name, directory, classes=None, splits=SPLITS):
     other classes than `classes`, those of a network."""
     if classes is not None and list(classes) != CLASSES[name]:
         fits = [f"--dataset {other}" for other in CLASSES if list(classes) == CLASSES[other]]
-        way_out = fits[0] if fits else "name others with --weights"
+        way_out = fits[0] if fits else "name others with --weights, or leave out --classes"
         raise UserError(f"these weights are for other classes than those of {name}: {way_out}")
     if name == "digits":
         return _digits()
@@ -168,9 +168,8 @@ def _image_folders(root, splits):
         folders = {splits[0]: root}
     if missing := [f"{split}/" for split in splits if split not in folders]:
         has = f"it has {_listed(_entries(root))}, not train/<class>/ and test/<class>/"
-        raise UserError(
-            f"no {' and no '.join(missing)} in {root}: {has} (train.py --holdout N needs no test/)"
-        )
+        way_out = "without test/, train.py takes --holdout N, and other scripts --image FILE"
+        raise UserError(f"no {' and no '.join(missing)} in {root}: {has} ({way_out})")
     files = {split: _list_images(folders[split], left_out) for split in splits}
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))
@@ -210,7 +209,7 @@ def _load_cache(path):
     try:
         saved = checkpoint.load(path)
         return {split: dict(zip(part["keys"].splitlines(), part["images"])) for split, part in saved.items()}
-    except (UserError, OSError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError, KeyError, TypeError, AttributeError, IndexError):
         return {}
 
 
@@ -282,7 +281,7 @@ def select_image(image, name, directory, classes, crop=None):
     `classes` are those that the network knows. With `crop`, as in `read_image`, for a network that knows
     photographs, it is [3, crop, crop] and never a test image. Raises `UserError`."""
     if image is not None and not (image.isdecimal() and len(image) < 10):
-        return read_image(image, crop), Path(image).name
+        return read_image(image, crop), one_line(Path(image).name, 36)
     if crop and image is not None:
         raise UserError(f"no test image {image} for a network of photographs: --image takes an image file")
     if crop:

@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import UserError
 
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+# torchrun sets all of these; a few alone are left over from something else.
+ENVIRONMENT = os.environ if {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys() else {}
+RANK, LOCAL_RANK = (int(ENVIRONMENT.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(ENVIRONMENT.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 PEER_LOST = "another process has died; torchrun's output says which"
 
 

@@ -3,16 +3,19 @@
 import io
 import itertools
 import math
+import sys
 import textwrap
 
 import numpy as np
-from matplotlib import font_manager, rcParams
+from matplotlib import font_manager, rcdefaults, rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from common import inside
 
+if "matplotlib.pyplot" not in sys.modules:  # else this is a notebook, which keeps its style
+    rcdefaults()  # a user's matplotlibrc may turn images upside down, or need LaTeX
 rcParams["text.parse_math"] = False  # titles have names of files in them, which may have $ in them
 
 PATTERN = "the pattern, by {}\n(grey is zero, {})"  # the caption
@@ -239,7 +242,7 @@ def accuracy_curve(epochs, last_size, title):
         axes.axvline(left, color="grey", lw=0.8, ls=":")
         axes.text(left, 0.01, f" {size} px", transform=axes.get_xaxis_transform(), color="grey", fontsize=8)
     axes.set(title=f"Accuracy after each epoch ({title})", xlabel="epoch", ylabel="accuracy, %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(frameon=False, loc="upper left")
     axes.grid(alpha=0.3)
     return axes.figure
@@ -258,7 +261,7 @@ def compared_curves(runs):
         right.plot([row["epoch"] for row in epochs], accuracies, "o-", ms=3, color=color, label=name)
     left.set(title="Training loss", xlabel="iteration", ylabel="training loss", ylim=(0, None))
     right.set(title="Validation accuracy after each epoch", xlabel="epoch", ylabel="accuracy, %")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    right.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for axes in left, right:
         if axes.lines:
             axes.legend(frameon=False)

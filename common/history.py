@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 from pathlib import Path
 
 import torch
@@ -100,12 +101,14 @@ def _numbers(path):
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, csv.Error):
         return []
 
 
 def _number(text):
-    return (int if text.isdecimal() else float)(text) if text else None
+    """The number, or None if there is none or it is not finite."""
+    value = (int if text.isdecimal() else float)(text) if text else math.nan
+    return value if math.isfinite(value) else None
 
 
 def _confusion(path):
@@ -114,7 +117,7 @@ def _confusion(path):
         with open(path, encoding="utf-8", newline="") as file:
             (_, *classes), *rows = csv.reader(file)
         return classes, torch.tensor([list(map(int, row[1:])) for row in rows]).view(2 * [len(classes)])
-    except (OSError, ValueError, TypeError, RuntimeError):
+    except (OSError, ValueError, TypeError, RuntimeError, csv.Error):
         return [], torch.zeros(0, 0, dtype=torch.long)
 
 

@@ -139,6 +139,10 @@ def crop_and_shrink(image, crop=None):
     """A PIL image in mode RGB or RGBA as uint8 [3, 32, 32] or [3, crop, crop], as `read_image` says. For a
     `crop` of 224 the shorter side becomes 256, as in what torchvision's ImageNet weights come with."""
     if crop:
+        width, height = (
+            min(length, 8 * min(image.size)) for length in image.size
+        )  # else it fills the memory
+        image = ImageOps.fit(image, (width, height)) if (width, height) != image.size else image
         side, shorter = round(crop * 256 / 224), min(image.size)
         image = image.resize([side * length // shorter for length in image.size], Image.Resampling.BILINEAR)
         left, top = (round((length - crop) / 2) for length in image.size)

@@ -44,8 +44,10 @@ class Network(NamedTuple):
 
     @torch.no_grad()
     def prediction(self, x):
-        """What the network takes the image `x`, [1, 3, H, W], for, in words."""
+        """What the network takes the image `x`, [1, 3, H, W], for, in words. Raises `UserError`."""
         confidence, predicted = self.model(x)[0].softmax(0).max(0)
+        if not confidence.isfinite():
+            raise UserError("the network's logits are not finite: name other weights with --weights")
         return f"the network says {self.classes[predicted]} ({confidence:.0%})"
 
 
@@ -89,7 +91,11 @@ def load_network(path, dataset, device, **given):
     model = ResNet18(count)
     model.load_state_dict(state)
     model.eval().to(device, memory_format=memory_format(device))
-    trained = f"trained on {saved.get('source')}" if known else (
+    accuracy = saved.get("accuracy", math.nan)
+    ending = ", stopped in its first epoch" if accuracy is None else ""
+    if isinstance(accuracy, float) and math.isfinite(accuracy):
+        ending = f", accuracy {accuracy:.2%}"
+    trained = f"trained on {saved.get('source')}{ending}" if known else (
         f"{count} classes; assuming that it sees photographs, {about['size']} px, mean {about['mean']}, "
         f"std {about['std']}: --mean, --std and --size change that")  # fmt: skip
     print(f"network: {path}, {trained}")
@@ -106,7 +112,7 @@ def _class_names(count):
 def _read_names(path):
     """The lines of a text file. Raises `UserError`."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text ({error}): --classes takes a file with a name a line")
 

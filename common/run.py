@@ -51,7 +51,7 @@ class Run:
                 raise UserError(f"{self.last} is of another network, or damaged: start anew in another --out")
         self.saved_iteration, self.save_failed = self.iteration, False  # what last.pt has; the latest save
         self.pending = None  # the latest step's result and learning rate, while they are on the device
-        self.saved_at = time.time()  # history["seconds"], those of the unfinished epoch, are up to then
+        self.saved_at = time.monotonic()  # history["seconds"], those of the unfinished epoch, are up to then
         self.mark = time.perf_counter()  # history["clock"], the seconds of training, is up to then
 
     def _optimizers(self):
@@ -116,16 +116,16 @@ class Run:
         row = dict(epoch=len(self.history["epochs"]) + 1, iteration=self.iteration, size=size)
         row |= dict(train_loss=loss, train_accuracy=accuracy, test_loss=test_loss)
         row |= dict(test_accuracy=test_accuracy, last_size_accuracy=last_size_accuracy)
-        row["seconds"] = round(self.history["seconds"] + time.time() - self.saved_at, 1)
+        row["seconds"] = round(self.history["seconds"] + time.monotonic() - self.saved_at, 1)
         self.history["epochs"].append(row)
-        self.history["seconds"], self.saved_at = 0.0, time.time()
+        self.history["seconds"], self.saved_at = 0.0, time.monotonic()
         return row
 
     def save(self, curves=False, required=False):
         """Writes all files, `curves` only on demand. A save that fails is reported or, if it is `required`,
         raised as `UserError`; weights that are not finite always raise that."""
         self.read_pending()
-        now, history, sizes = time.time(), self.history, self.settings["sizes"]
+        now, history, sizes = time.monotonic(), self.history, self.settings["sizes"]
         history["seconds"] += now - self.saved_at
         self.saved_at = now
         state = self.model.state_dict()
@@ -196,7 +196,7 @@ class Run:
 def locked(out):
     """Context manager: keeps other runs from writing to `out`, and removes the temporary files of a killed
     save. Raises `UserError` if another run is writing there."""
-    lock = filelock.FileLock(out / ".lock")
+    lock = filelock.FileLock(out / ".train.py.lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -205,7 +205,7 @@ def locked(out):
         pass  # there are no locks, or nothing can be written: the first save reports it
     try:
         for name in FILES:
-            for leftover in out.glob(f"{name}.*.tmp"):
+            for leftover in out.glob(f"{name}.{'[0-9a-f]' * 32}.tmp"):
                 leftover.unlink(missing_ok=True)
         yield
     finally:

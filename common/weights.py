@@ -1,6 +1,7 @@
 """Reading the weights of a ResNet-18 from whatever they come in: a weights.pt or last.pt of train.py, a state
 dict of torchvision's or of this network, alone or within a checkpoint, or a .safetensors file."""
 
+import http.client
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +31,10 @@ def read(path, flag="--weights"):
     if difference := _difference(found, names, expected):
         raise UserError(f"{path} has weights of another network ({difference}): name others with {flag}")
     counts = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
-    state = counts | {ours: found[name].float() for name, ours in names.items() if name in found}
     try:
+        state = counts | {ours: found[name].float() for name, ours in names.items() if name in found}
         finite = all(tensor.isfinite().all() for tensor in state.values())
-    except RuntimeError:  # there are tensors without values, and sparse ones
+    except RuntimeError:  # there are tensors without values, sparse and quantised ones
         finite = False
     if not finite:
         raise UserError(f"{path} has weights that are not finite: name others with {flag}")
@@ -48,12 +49,14 @@ def _content(path, flag):
         weights = ResNet18_Weights.IMAGENET1K_V1
         try:
             return weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             way_out = f"get {weights.url} elsewhere, and name the file with {flag}"
             raise UserError(f"ImageNet's weights cannot be downloaded ({error}): {way_out}")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: {flag} takes a file, such as {Path(path) / 'weights.pt'}")
     if not Path(path).is_file():
         raise UserError(f"no weights in {path}: python train.py makes them, {flag} names others")
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix.lower() != ".safetensors":
         return checkpoint.load(path)
     try:
         from safetensors.torch import load_file

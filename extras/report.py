@@ -11,11 +11,11 @@ from pathlib import Path
 
 import jinja2
 
-import MyResnet
 from common import checkpoint, cli, data, figures, inside, responses
 from common.history import History, weights_of_run
 from common.network import from_flags, weights_path
 from extras import decision, gradcam, maximize, sanity_check, top_pictures
+from MyResnet import table
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -147,7 +147,7 @@ def collect(args, other):
     history, images = History(weights_path(args.weights, args.dataset)), {}
     print("drawing the figures, which takes minutes with --full …", flush=True)
     content = dict(args=args, network=network, history=history, name=name, other=other, images=images)
-    content |= dict(rows=list(MyResnet.table(network.size, len(network.classes))), inside=inside)
+    content |= dict(rows=list(table(network.size, len(network.classes))), inside=inside)
     content |= dict(training=training(history, images), filters=filters(network, images))
     images["image"] = figures.side_by_side([image], [network.prediction(x)], title=name)
     layers = [draw_layer(network, image, name, x, stage, images) for stage in ("conv1", "conv5_x")]

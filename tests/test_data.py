@@ -268,7 +268,7 @@ NEARLY = [name for name in data.CIFAR10_CLASSES if name not in ("airplane", "aut
 BOTH = ["train", "test"]
 UNFIT = {  # how a folder is made, in which of its folders the classes are, and what is said of it
     "class folders alone": ("", ["."], "no train/ and no test/ in cifar: it has airplane, .* and 4 more"),
-    "val for test": ("mkdir val", ["train"], "no test/ in cifar: it has train, val, not .*--holdout N needs"),
+    "val for test": ("mkdir val", ["train"], "no test/ in cifar: it has train, val, not .*takes --holdout N"),
     "one class missing": ("rm -r test/cat", BOTH, "cifar/test has no class folder cat: "),
     "an empty class": ("rm test/cat/*", BOTH, "cifar/test/cat has no images: it has nothing;"),
     "other kinds": ("cd train/cat; mv 1.png 1.heic", BOTH, "has no images: it has 1.heic; what is"),

@@ -137,6 +137,19 @@ def test_commands_are_quoted_as_the_shell_of_the_system_reads_them(monkeypatch):
     assert cli.quote(r"my runs\a", "it's") == '"my runs\\a" it' + "'s"
 
 
+def test_a_users_style_and_leftover_variables_change_nothing(flags, tmp_path):
+    Path("matplotlibrc").write_text(
+        "text.usetex: True\nimage.origin: lower\nfont.size: 30\n", encoding="utf-8"
+    )
+    command = f"{sys.executable} {ROOT}/test_filter.py {' '.join(flags)}"
+    status, _, err = shell(command, RANK="gold", WORLD_SIZE="", MATPLOTLIBRC="matplotlibrc")
+    assert (status, err) == (0, "")
+    with Image.open("out/filters_rgb.png") as drawn:
+        test_filter.main([*flags, "--out", "here"])
+        with Image.open("here/filters_rgb.png") as expected:
+            assert drawn.size == expected.size and drawn.tobytes() == expected.tobytes()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_full_log_is_one_line_and_the_figures_are_saved(flags, monkeypatch, capsys):
     full = open("/dev/full", "w", encoding="utf-8")

@@ -61,6 +61,8 @@ def things(run, image_folders, tmp_path_factory):
     torch.save(torch.zeros(3), "tensor.pt")
     broken = {name: value * float("nan") for name, value in saved["model"].items() if name == "fc.weight"}
     torch.save(saved | {"model": saved["model"] | broken}, "nan.pt")
+    huge = {name: value.float() * 1e30 for name, value in saved["model"].items() if value.ndim == 4}
+    torch.save(saved | {"model": saved["model"] | huge}, "huge.pt")
     for name, value in dict(mean=(0.5,), std=(1.0, 1.0, 0.0), size=10**7).items():
         torch.save(saved | {name: value}, f"{name}.pt")
     for path in ("cut", "weights_only", "other", "folder/last.pt", "labels/train/kitten"):
@@ -128,7 +130,11 @@ WRONG = [
     (train, "--evaluate --weights nowhere.pt", "no weights in nowhere.pt"),
     (train, "--evaluate --weights run/weights.pt --data good", "other classes than those of cifar10: --data"),
     (test_filter, "--dataset digits", "runs/digits/weights.pt: python train.py --dataset digits makes them"),
-    (test_filter, "--weights run", "no weights in run"),
+    (test_filter, "--weights run", "run is a folder: --weights takes a file, such as run/weights.pt"),
+    (test_filter, "--clas cat", "unrecognized arguments: --clas cat"),
+    (test_activations, "--weights huge.pt --image fine.png", "the network's logits are not finite"),
+    (train, "--evaluate --limit 3", "--limit is for training, not for --evaluate"),
+    (Myvisdom, "--weights run/weights.pt", "--image and --weights go with --explore"),
     (test_filter, "--weights text.pt", "text.pt is not a checkpoint, or is damaged"),
     (test_filter, "--weights empty.pt", "empty.pt is not a checkpoint, or is damaged"),
     (train, "--resume --out run", "the run in run has --dataset digits, not cifar10"),
@@ -227,6 +233,14 @@ def test_wrong_input_gets_one_line(script, flags, message, place, capsys):
     after = files(place)
     assert {p: s for p, s in after.items() if p in before} == before
     assert {p.name for p in after.keys() - before.keys()} <= {"decoded.pt"}
+
+
+def test_the_image_to_look_at_is_not_overwritten(place, capsys):
+    shutil.copytree(place / "run", place / "own")
+    shutil.copy(place / "fine.png", place / "own" / "image.png")
+    flags = f"{DIGITS} --image own/image.png --out own"
+    message = "own/image.png is the image to look at, not to write to: name another folder with --out"
+    test_wrong_input_gets_one_line(test_featuremaps, flags, message, place, capsys)
 
 
 def test_memory_refused_to_a_figure_is_one_line(place, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, read from the files by `ast`, so functions count too."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -100,6 +101,13 @@ def test_imports_only_go_down():
     assert broken_rules(ROOT) == []
     assert not imports(ROOT)["MyResnet"] & modules(ROOT).keys()
     assert floor("common.page.client") < floor("common.data") < floor("MyResnet")
+
+
+def test_every_extra_can_be_started_by_its_file():
+    for path in (ROOT / "extras").glob("[!_]*.py"):
+        lines = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        ours = [name for name in lines if name in {"common", "extras", "MyResnet", "train", "Myvisdom"}]
+        assert not ours or ours[0] == "common", path  # extras/common.py, which finds the rest
 
 
 def test_every_module_has_its_floor():

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import uuid
 from pathlib import Path
 
 import kill_and_resume
@@ -308,9 +309,13 @@ def test_tables_are_whole_when_the_disk_is_full(tmp_path, monkeypatch):
 
 def test_leftovers_of_a_killed_save_go_at_the_next_start(tmp_path):
     for name in ("last.pt", "weights.pt", "loss.csv", "accuracy.png"):
-        (tmp_path / f"{name}.123.tmp").write_bytes(b"half")
+        (tmp_path / f"{name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
+    own = tmp_path / ".lock", tmp_path / "loss.csv.backup.tmp"  # the user's
+    for path in own:
+        path.write_text("mine", encoding="utf-8")
     start(tmp_path, "--epochs", "1")
-    assert not list(tmp_path.glob("*.tmp"))
+    assert list(tmp_path.glob("*.tmp")) == [own[1]]
+    assert [path.read_text(encoding="utf-8") for path in own] == ["mine", "mine"]
 
 
 def test_failure_that_is_no_full_disk_is_not_told_as_one(tmp_path):

@@ -147,7 +147,7 @@ def test_bar_tells_loss_and_time_left_while_every_step_is_saved(tmp_path, small_
     monkeypatch.setattr(cli.tqdm, "set_postfix_str", lambda bar, text, refresh: postfixes.append(text))
     start(tmp_path, "--epochs", "1", "--save-every", "0")
     assert len(postfixes) == 2 and all(
-        re.fullmatch(r"loss \S+, accuracy \S+%, run 00:0\d left", s) for s in postfixes
+        re.fullmatch(r"run 00:0\d left, loss \S+, accuracy \S+%", s) for s in postfixes
     )
 
 

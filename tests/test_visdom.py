@@ -483,10 +483,14 @@ def test_front_page_lists_runs_newest_first(port, tmp_path, monkeypatch):
         '{"jsons": {"Run": {"cont', encoding="utf-8"
     )  # killed as it was saved
     (saved / "main.json").write_text("", encoding="utf-8")
+    (saved / "deep.json").write_text(100_000 * "[", encoding="utf-8")
+    (saved / "folder.json").mkdir()
+    (saved / "link.json").symlink_to("nowhere")
     servers.append(client.start_server(port))
     wait_for(lambda: client.is_listening(port))
     assert front.draw(client.connect(port, "main")) == names[1:]
-    assert (saved / "a_2026-11-26_09-30-00.damaged").exists()
+    damaged = {path.stem for path in saved.glob("*.damaged")}
+    assert damaged == {"a_2026-11-26_09-30-00", "main", "deep", "folder", "link"}
     page, _ = make(port, "a_2026-11-26_09-30-00")
     with page:  # resumed
         wait_for(lambda: "Train Loss" in panes(port, "a_2026-11-26_09-30-00"))
@@ -746,9 +750,9 @@ def test_pages_that_cannot_be_kept_are_not_the_ports_fault(
     pages.parent.mkdir()
     pages.mkdir() if is_folder else pages.touch()
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != client.PAGES)  # root may write anywhere
-    flags = [*flags, "--weights", str(run / "weights.pt"), "--port", str(free_port)]
+    weights = ["--weights", str(run / "weights.pt")] if flags else []
     with pytest.raises(SystemExit) as stop:
-        Myvisdom.main(flags)
+        Myvisdom.main([*flags, *weights, "--port", str(free_port)])
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert f"the folder {client.PAGES}" in said and said.endswith(": start this in another folder\n")

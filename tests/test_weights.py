@@ -110,6 +110,18 @@ def test_every_form_gives_torchvisions_logits(form, classes, references, tmp_pat
     assert network.classes[1] == ("goldfish" if classes == 1000 else "class 1")
 
 
+def test_a_photograph_like_a_ribbon_does_not_fill_the_memory(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda image, size, *rest, **more: sizes.append(size) or resize(image, size, *rest, **more),
+    )
+    for ribbon in (8000, 1), (1, 8000):
+        assert images.crop_and_shrink(Image.new("RGB", ribbon, "red"), 224).shape == (3, 224, 224)
+    assert sizes and max(max(size) for size in sizes) <= 8 * 256
+
+
 def assert_same_logits(model, reference, x):
     with torch.no_grad():
         expected = reference(x)

@@ -137,7 +137,9 @@ def draw_images(client, win, images, captions, side, font, links=None, **opts):
 def save_figure(figure, args, name, bars=None):
     """Writes the figure to the folder --out, prints its path and shows it on an open page on --port:
     as it is, or by `draw_bars` from `bars` (title, values [N], label). Raises `UserError`."""
-    path = make_folder(args.out) / name
+    path, image = make_folder(args.out) / name, Path(getattr(args, "image", None) or "")
+    if path.exists() and image.is_file() and path.samefile(image):
+        raise UserError(f"{path} is the image to look at, not to write to: name another folder with --out")
     with atomic_write(path) as file:
         file.write(figures.png(figure))
     print(path)

@@ -69,12 +69,12 @@ def open_in_explorer(handler):
 
 
 def rename_damaged(path):
-    """Renames the pages in that folder that a server which was killed has saved in part: nothing could be
-    drawn on them."""
+    """Renames what visdom could not read as pages in that folder, such as what a server that was killed saved
+    in part."""
     for file in Path(path).glob("*.json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))["jsons"]
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             file.replace(file.with_suffix(".damaged"))
 
 
