@@ -22,6 +22,7 @@ from torch.fx.experimental.optimization import fuse
 
 from common import checkpoint, cli, data, distributed, figures, inside, weights
 from common.device import autocast, describe, select_device, select_precision
+from common.history import schedule
 from common.network import load_network
 from common.page import client
 from common.run import Run, archive_previous, load_for_resume, locked
@@ -135,12 +136,6 @@ def sizes_by_epoch(shares, epochs):
     for size, end in zip(shares, ends):
         sizes += [size] * (round(end * epochs) - len(sizes))
     return sizes[:-1] + [list(shares)[-1]]
-
-
-def schedule(sizes):
-    """[96, 96, 224] → "96 px for 2, 224 px for 1" """
-    groups = [(size, len(list(group))) for size, group in itertools.groupby(sizes)]
-    return ", ".join(f"{size} px for {count}" for size, count in groups)
 
 
 def learning_rate(settings, progress):
@@ -364,8 +359,8 @@ def start_or_resume(args, device):
     sizes, times = settings["sizes"], f" × {processes}" if processes > 1 else ""
     print(f"ResNet-18 on {dataset.source}: {count:,} training images, {len(dataset.test_images):,} "
           f"{dataset.test_split} images; {device}{times}, {settings['precision']}; to {args.out}\n"
-          f"recipe {settings['recipe']}: {settings['epochs']} epochs, {schedule(sizes)}; "
-          f"batch {settings['batch_size']}, learning rate {settings['lr']}"
+          f"recipe {settings['recipe']}: {schedule(sizes)}; batch {settings['batch_size']}, "
+          f"learning rate {settings['lr']}"
           + (f"; from the weights in {settings['init']}" if settings.get("init") else ""))  # fmt: skip
     init = weights.read(args.init, "--init")[0] if args.init else None
     page_class = select_page(args)

@@ -55,7 +55,6 @@ class History:
         settings = {key: UNKNOWN for key in "recipe epochs batch_size precision seed".split()} | self.settings
         if not self.settings:
             return {}
-        groups = [(size, len(list(group))) for size, group in itertools.groupby(settings.get("sizes", []))]
         rate, warmup = settings.get("lr", UNKNOWN), settings.get("warmup")
         shape = f"rises for {warmup:.0%} of the run, then falls to 0" if warmup else "constant"
         momentum = f"{'Nesterov ' * bool(settings.get('nesterov'))}momentum {settings.get('momentum')}"
@@ -71,7 +70,7 @@ class History:
             "training images": f"{settings['pictures']:,}" if "pictures" in settings else UNKNOWN,
             "held-out images": settings.get("holdout") or "none",
             "epochs": settings["epochs"],
-            "image size": ", ".join(f"{size} px in {n} epochs" for size, n in groups) or UNKNOWN,
+            "image size": schedule(settings.get("sizes", [])) or UNKNOWN,
             "batch": f"{settings['batch_size']} images",
             "optimizer": f"{muon}SGD with {momentum}",
             "learning rate": f"{rate}, {shape}",
@@ -94,6 +93,12 @@ class History:
             values["size"] = sizes.pop()
         flags = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items())
         return cli.quote("python", "train.py", *itertools.chain(*flags))
+
+
+def schedule(sizes):
+    """The image sizes of a run's epochs in words: [96, 96, 224] → "2 epochs at 96 px, 1 epoch at 224 px"."""
+    groups = [(size, len(list(group))) for size, group in itertools.groupby(sizes)]
+    return ", ".join(f"{count} epoch{'s' * (count > 1)} at {size} px" for size, count in groups)
 
 
 def _numbers(path):
