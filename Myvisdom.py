@@ -63,7 +63,8 @@ class Page:
         finally:
             client.stop_server(self.server)
         if self._client is None:
-            print("the live page could not be drawn: python Myvisdom.py shows what is wrong")
+            command = f"python Myvisdom.py{cli.port_flag(self.port)}"
+            print(f"the live page could not be drawn: {command} shows what is wrong")
 
     def _work(self):
         while True:

@@ -183,14 +183,6 @@ def backward(model, images, labels, batch, size, settings, scaler, micro_batches
     return distributed.all_reduce_sum(result)
 
 
-def time_left(run):
-    """The seconds until the run ends, if an iteration takes as long as its images have pixels."""
-    pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an image, in each iteration
-    spent = sum(row["seconds"] for row in run.history["epochs"]) + run.history["seconds"]
-    spent += time.monotonic() - run.saved_at
-    return spent * pixels[run.iteration :].sum() / pixels[: run.iteration].sum()
-
-
 class NoPage(contextlib.nullcontext):
     """Stands in for `Myvisdom.Page` where a run has no live page: it takes the same, and does nothing."""
 
@@ -206,15 +198,27 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it or 0.
     Raises `UserError` when a loss is not finite, and when it cannot save the run at its start or end."""
     model = distributed.data_parallel(run.model, sync_bn)
-    stop = 0
+    pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration, a measure of its time
+    work = np.append(0, pixels.cumsum())  # done after 0, 1, 2, … iterations
+    first, began, stop = run.iteration, time.monotonic(), 0
     with cli.stop_signals() as signals, page:
 
         def stop_signal():  # that any of the processes has received, or 0
             return distributed.all_reduce_max(max(signals, default=0))
 
+        def show_latest(bar):  # and the time left in the run, once the history has a step of this session
+            done, left = work[run.iteration] - work[first], work[-1] - work[run.iteration]
+            if done:
+                page.eta = bar.format_interval((time.monotonic() - began) * left / done)
+                loss, accuracy = (run.history[key][-1] for key in ("loss", "accuracy"))
+                latest = f"run {page.eta} left, loss {loss:.3f}, accuracy {accuracy:.1%}"
+                bar.set_postfix_str(latest, refresh=False)
+
         run.save(required=True)  # fails now if nothing can be written
         for epoch in range(len(run.history["epochs"]), run.settings["epochs"]):
-            stop = train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro_batches)
+            stop = train_epoch(
+                run, model, dataset, epoch, stop_signal, show_latest, save_every, micro_batches
+            )
             if not stop:
                 evaluate_epoch(run, dataset, epoch, page)
                 stop = stop_signal()
@@ -225,7 +229,7 @@ def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     return stop
 
 
-def train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro_batches):
+def train_epoch(run, model, dataset, epoch, stop_signal, show_latest, save_every, micro_batches):
     """Takes the steps of an epoch that the run has not taken yet. Returns the signal that ended it, or 0."""
     images, labels, settings = dataset.train_images, dataset.train_labels, run.settings
     size, augmentation = settings["sizes"][epoch], dict(shift=settings["shift"], flip=settings["flip"])
@@ -234,7 +238,7 @@ def train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro
     )
     first, stop = run.iteration - epoch * run.steps, 0  # first is not 0 when resumed within the epoch
     bar = cli.progress_bar(
-        desc=f"epoch {epoch + 1}/{settings['epochs']}, {size} px", unit=" images",
+        desc=f"epoch {epoch + 1}/{settings['epochs']}", unit=" images",
         bar_format="{desc}: {percentage:.0f}%{postfix}, {rate_fmt} {bar}",  # what counts most in 80 columns
         total=run.steps * run.batch_size, initial=first * run.batch_size, disable=distributed.RANK > 0,
     )  # fmt: skip
@@ -250,11 +254,7 @@ def train_epoch(run, model, dataset, epoch, page, stop_signal, save_every, micro
             run.scaler.update()
 
             run.record(result, lr)
-            if run.iteration:  # what it counts lags by one
-                page.eta = bar.format_interval(time_left(run))
-                loss, accuracy = (run.history[key][-1] for key in ("loss", "accuracy"))
-                latest = f"run {page.eta} left, loss {loss:.3f}, accuracy {accuracy:.1%}"
-                bar.set_postfix_str(latest, refresh=False)
+            show_latest(bar)
             bar.update(run.batch_size)
             if stop := stop_signal():
                 break
@@ -386,10 +386,10 @@ def start_or_resume(args, device):
         rows = [["class", *dataset.classes], *([name, *row] for name, row in zip(dataset.classes, counts))]
         print(checkpoint.save_table(rows, args.out / "confusion.csv"))
     flag = f"--weights {cli.quote(str(args.out / 'weights.pt'))}"
-    flags = non_default_flags(args, dataset="cifar10", data="data", device="auto")
+    flags = non_default_flags(args, dataset="cifar10", data="data", device="auto", port="8097")
     print(f"look inside it: python test_recon_conv5.py {flag}{flags}")
     print(f"by clicking:    python Myvisdom.py --explore {flag}{flags}")
-    print("its page again: python Myvisdom.py")
+    print(f"its page again: python Myvisdom.py{cli.port_flag(args.port)}")
 
 
 def evaluate_weights(args, device):

@@ -31,9 +31,9 @@ def load(folder, places, splits):
             return _read(place, splits)
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0].strip(":")
-            is_cut = isinstance(error, EOFError) or not place.stat().st_size
+            is_cut = isinstance(error, EOFError) or place.is_file() and not place.stat().st_size
             if place.is_file() and (place == folder or not is_cut):
-                way_out = "name another with --data" if place == folder else "delete it, to download it"
+                way_out = "name another with --data" if place == folder else "delete it to download it again"
                 raise UserError(f"{place} is damaged, or not CIFAR-10's python archive ({reason}): {way_out}")
             problem = f"{place} is incomplete ({reason})"
     return _read(_download(folder, problem), splits)
@@ -71,7 +71,9 @@ def _download(folder, problem):
     from torchvision.datasets import CIFAR10
 
     print(f"{problem}: downloading its python archive, 170 MB, to {folder} …", flush=True)
-    for leftover in folder.glob(f"{PACKED}.*.tmp"):  # of a start that was killed, or of one that is at it now
+    for leftover in folder.glob(
+        f"{PACKED}.{'[0-9a-f]' * 32}.tmp"
+    ):  # of a start that was killed, or of one that is at it now
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 10 * TIMEOUT:
                 leftover.unlink()

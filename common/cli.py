@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,11 +37,11 @@ def quote(*words):
 def one_line(text, limit=290):
     """The text as one line of at most `limit` characters: a longer one loses its middle. What would control a
     terminal becomes "?"."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    text = "".join("?" if unicodedata.category(c) in ("Cc", "Cs") else c for c in " ".join(text.split()))
     return text if len(text) <= limit else f"{text[: limit // 2 - 1]} … {text[-(limit // 2 - 2) :]}"
 
 
-FULL = "ENOSPC", "EDQUOT", "EFBIG", "EIO"  # what the system says when output has no more room
+FULL = "ENOSPC", "EDQUOT", "EFBIG"  # what the system says when output has no more room
 _last_lines = []  # what `command` prints when the script has done its work
 
 
@@ -89,13 +90,19 @@ def command(main):
         finally:
             drop_unwritten()
         if message:
-            by_torchrun = {"MASTER_ADDR", "RANK"} <= os.environ.keys()  # this is one of many processes
-            rank = f"rank {os.environ['RANK']}: " if by_torchrun else ""
+            rank = f"rank {os.environ['RANK']}: " if by_torchrun() else ""
             with contextlib.suppress(OSError):
                 print(one_line(f"{rank}{'error: ' * (status == 2)}{message}"), file=sys.stderr)
         raise SystemExit(status)
 
     return run
+
+
+def by_torchrun():
+    """Whether this is one of many processes, started by torchrun or as it starts them; if only some of these
+    variables are set, they are left over from something else."""
+    numbers = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return "MASTER_ADDR" in os.environ and all(map(str.isdecimal, numbers))
 
 
 def prepare_output():

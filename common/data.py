@@ -168,8 +168,8 @@ def _image_folders(root, splits):
         folders = {splits[0]: root}
     if missing := [f"{split}/" for split in splits if split not in folders]:
         has = f"it has {_listed(_entries(root))}, not train/<class>/ and test/<class>/"
-        way_out = "without test/, train.py takes --holdout N, and other scripts --image FILE"
-        raise UserError(f"no {' and no '.join(missing)} in {root}: {has} ({way_out})")
+        way_out = " (train.py --holdout N needs none, nor does --image FILE)" if missing == ["test/"] else ""
+        raise UserError(f"no {' and no '.join(missing)} in {root}: {has}{way_out}")
     files = {split: _list_images(folders[split], left_out) for split in splits}
     if left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError
+from common.cli import UserError, by_torchrun
 
 
 def select_device(name):
@@ -24,7 +24,7 @@ def select_device(name):
         device = None
     if device is None or (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f"no device {name!r} on this machine: --device takes {', '.join(counts)}")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # set by torchrun
+    if device.type == "cuda" and device.index is None and by_torchrun() and "LOCAL_RANK" in os.environ:
         return select_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # else PyTorch answers for the first one, as about bf16

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.cli import UserError
+from common.cli import UserError, by_torchrun
 
-# torchrun sets all of these; a few alone are left over from something else.
-ENVIRONMENT = os.environ if {"MASTER_ADDR", "RANK", "WORLD_SIZE"} <= os.environ.keys() else {}
+ENVIRONMENT = os.environ if by_torchrun() else {}
 RANK, LOCAL_RANK = (int(ENVIRONMENT.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(ENVIRONMENT.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 PEER_LOST = "another process has died; torchrun's output says which"

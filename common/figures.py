@@ -14,7 +14,7 @@ from matplotlib.text import Text
 
 from common import inside
 
-if "matplotlib.pyplot" not in sys.modules:  # else this is a notebook, which keeps its style
+if "ipykernel" not in sys.modules:  # a notebook keeps its style
     rcdefaults()  # a user's matplotlibrc may turn images upside down, or need LaTeX
 rcParams["text.parse_math"] = False  # titles have names of files in them, which may have $ in them
 

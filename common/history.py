@@ -106,14 +106,14 @@ def _numbers(path):
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, AttributeError, csv.Error):
+    except (OSError, ValueError, TypeError, csv.Error):
         return []
 
 
 def _number(text):
     """The number, or None if there is none or it is not finite."""
-    value = (int if text.isdecimal() else float)(text) if text else math.nan
-    return value if math.isfinite(value) else None
+    value = float(text) if text else math.nan
+    return int(value) if value.is_integer() else value if math.isfinite(value) else None
 
 
 def _confusion(path):

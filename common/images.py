@@ -18,7 +18,13 @@ FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for wh
 READABLE = "PNG, JPEG, GIF, BMP, PPM, TIFF or WebP"
 EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
 DEPTHS = 1, 255, 1023, 4095, 65535  # the largest value of an image of floats, or of 8, 10, 12 or 16 bits
-BRANDS = {b"hei": "HEIC", b"hev": "HEIC", b"mif": "HEIC", b"msf": "HEIC", b"avi": "AVIF"}  # begin with these
+BRANDS = {
+    b"hei": "HEIC",
+    b"hev": "HEIC",
+    b"mif": "HEIC",
+    b"msf": "HEIC",
+    b"avi": "AVIF",
+}  # by their first letters
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # where PIL has doubts, the image is read without a word
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -141,8 +147,9 @@ def crop_and_shrink(image, crop=None):
     if crop:
         width, height = (
             min(length, 8 * min(image.size)) for length in image.size
-        )  # else it fills the memory
-        image = ImageOps.fit(image, (width, height)) if (width, height) != image.size else image
+        )  # a ribbon fills the memory
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
         side, shorter = round(crop * 256 / 224), min(image.size)
         image = image.resize([side * length // shorter for length in image.size], Image.Resampling.BILINEAR)
         left, top = (round((length - crop) / 2) for length in image.size)

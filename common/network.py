@@ -92,7 +92,7 @@ def load_network(path, dataset, device, **given):
     model.load_state_dict(state)
     model.eval().to(device, memory_format=memory_format(device))
     accuracy = saved.get("accuracy", math.nan)
-    ending = ", stopped in its first epoch" if accuracy is None else ""
+    ending = ", saved in its first epoch" if accuracy is None else ""
     if isinstance(accuracy, float) and math.isfinite(accuracy):
         ending = f", accuracy {accuracy:.2%}"
     trained = f"trained on {saved.get('source')}{ending}" if known else (

@@ -58,7 +58,7 @@ def cached_strongest(network, images, **options):
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     name = digest.hexdigest()
-    return checkpoint.cached(CACHE / f"{name}.pt", lambda: strongest(network, images, **options))
+    return checkpoint.cached(CACHE / f"{name[:16]}.pt", lambda: strongest(network, images, **options))
 
 
 def crop_box(position, width, field, step, size):

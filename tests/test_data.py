@@ -268,7 +268,7 @@ NEARLY = [name for name in data.CIFAR10_CLASSES if name not in ("airplane", "aut
 BOTH = ["train", "test"]
 UNFIT = {  # how a folder is made, in which of its folders the classes are, and what is said of it
     "class folders alone": ("", ["."], "no train/ and no test/ in cifar: it has airplane, .* and 4 more"),
-    "val for test": ("mkdir val", ["train"], "no test/ in cifar: it has train, val, not .*takes --holdout N"),
+    "val for test": ("mkdir val", ["train"], "no test/ in cifar: it has train, val, .*holdout N needs"),
     "one class missing": ("rm -r test/cat", BOTH, "cifar/test has no class folder cat: "),
     "an empty class": ("rm test/cat/*", BOTH, "cifar/test/cat has no images: it has nothing;"),
     "other kinds": ("cd train/cat; mv 1.png 1.heic", BOTH, "has no images: it has 1.heic; what is"),
@@ -283,7 +283,7 @@ UNFIT = {  # how a folder is made, in which of its folders the classes are, and 
     "another data set": ("mkdir cifar-100-python", [], "CIFAR-10 in cifar: it has cifar-100-python; put"),
     "the binary version": ("touch data_batch_1.bin", [], "CIFAR-10 in cifar: it has data_batch_1.bin; put"),
     "not the archive": (f"echo x > {PACKED}", [], f"cifar/{PACKED} is damaged, or not CIFAR-10's python"),
-    "another archive": (f"touch x; tar czf {PACKED} x; rm x", [], "data_batch_1 is missing.: delete it, to"),
+    "another archive": (f"touch x; tar czf {PACKED} x; rm x", [], "data_batch_1 is missing.: delete it to"),
 }  # fmt: skip
 
 
@@ -464,11 +464,11 @@ def test_download_that_is_cut_off_is_begun_anew(answer, reason, server, tmp_path
             data.load("cifar10", root)
     assert not list(root.iterdir())
     assert f"downloading its python archive, 170 MB, to {root}" in capsys.readouterr().out
-    for name in "old", "new":
-        (root / f"{PACKED}.{name}.tmp").write_bytes(b"a part that a start left when it was killed")
-    os.utime(root / f"{PACKED}.old.tmp", (0, 0))
+    for name in "a", "b":
+        (root / f"{PACKED}.{32 * name}.tmp").write_bytes(b"a part that a start left when it was killed")
+    os.utime(root / f"{PACKED}.{32 * 'a'}.tmp", (0, 0))
     assert len(data.load("cifar10", root).train_images) == 100
-    (root / f"{PACKED}.new.tmp").unlink()  # it may be one that another start is writing now
+    (root / f"{PACKED}.{32 * 'b'}.tmp").unlink()  # it may be one that another start is writing now
     assert [path.name for path in root.iterdir()] == [PACKED]
     assert len(data.load("cifar10", root).train_images) == 100 and not server.answers
 

@@ -142,7 +142,7 @@ def test_a_users_style_and_leftover_variables_change_nothing(flags, tmp_path):
         "text.usetex: True\nimage.origin: lower\nfont.size: 30\n", encoding="utf-8"
     )
     command = f"{sys.executable} {ROOT}/test_filter.py {' '.join(flags)}"
-    status, _, err = shell(command, RANK="gold", WORLD_SIZE="", MATPLOTLIBRC="matplotlibrc")
+    status, _, err = shell(command, RANK="gold", WORLD_SIZE="", MASTER_ADDR="x", MATPLOTLIBRC="matplotlibrc")
     assert (status, err) == (0, "")
     with Image.open("out/filters_rgb.png") as drawn:
         test_filter.main([*flags, "--out", "here"])

@@ -239,7 +239,7 @@ def test_the_image_to_look_at_is_not_overwritten(place, capsys):
     shutil.copytree(place / "run", place / "own")
     shutil.copy(place / "fine.png", place / "own" / "image.png")
     flags = f"{DIGITS} --image own/image.png --out own"
-    message = "own/image.png is the image to look at, not to write to: name another folder with --out"
+    message = "own/image.png is the image that --image names, and would be overwritten: name another --out"
     test_wrong_input_gets_one_line(test_featuremaps, flags, message, place, capsys)
 
 

@@ -215,6 +215,10 @@ def test_the_device_is_the_accelerator_that_is_there(kind, count, name, expected
 def test_each_process_of_torchrun_has_its_own_gpu(accelerator, monkeypatch):
     accelerator("cuda", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    assert select_device("auto") == torch.device("cuda")  # it is left over from something else
+    for name in "MASTER_ADDR", "RANK", "WORLD_SIZE":
+        monkeypatch.setenv(name, "1")
+    accelerator.current.clear()
     assert select_device("auto") == select_device("cuda") == torch.device("cuda:1")
     assert accelerator.current == [1, 1]
     assert select_device("cuda:0") == torch.device("cuda:0") and select_device("cpu").type == "cpu"

@@ -134,7 +134,10 @@ def test_tables_of_another_run_are_not_shown(run, changed, name, column):
     assert not (history.epochs or history.losses) == of_metrics and (len(history.counts) == 0) == of_confusion
 
 
-@pytest.mark.parametrize("content", ["", "epoch\n1\n", "a,b\n1\n", "class,a\nx\n", "\xff\xfe", "\0" * 2**18])
+@pytest.mark.parametrize(
+    "content",
+    ["", "epoch\n1\n", "a,b\n1\n", "class,a\nx\n", "\xff\xfe", "\0" * 2**18, f"epoch\n{'9' * 400}\n"],
+)
 def test_tables_that_are_damaged_are_none(changed, content):
     path = changed()
     for table in ("metrics.csv", "loss.csv", "confusion.csv"):

@@ -707,6 +707,7 @@ def test_link_of_a_mistake_says_what_to_type_where_no_explorer_is_open(port, tmp
     other = visdom.Visdom("http://127.0.0.1", port=port, env="mine")  # of another program, and it listens
     wait_for(lambda: other.socket_alive)
     other.text("mine")
+    assert f"--explore --image 8097 --port {port}<" in answer(image=8097).text
     assert f"--explore --image 7 --port {port}<" in answer(image=7).text
     other.use_socket = False  # else it goes on trying
     assert answer(image="x").url.endswith("/env/main") and answer().url.endswith("/env/main")

@@ -139,7 +139,9 @@ def save_figure(figure, args, name, bars=None):
     as it is, or by `draw_bars` from `bars` (title, values [N], label). Raises `UserError`."""
     path, image = make_folder(args.out) / name, Path(getattr(args, "image", None) or "")
     if path.exists() and image.is_file() and path.samefile(image):
-        raise UserError(f"{path} is the image to look at, not to write to: name another folder with --out")
+        raise UserError(
+            f"{path} is the image that --image names, and would be overwritten: name another --out"
+        )
     with atomic_write(path) as file:
         file.write(figures.png(figure))
     print(path)

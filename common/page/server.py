@@ -55,8 +55,9 @@ def open_in_explorer(handler):
     that the browser sends it; where none runs, the answer is what to type."""
     flags = {key: handler.get_argument(key, "") for key in ("weights", "dataset", "data", "image")}
     flags["port"] = str(handler.application.port)
-    defaults = "", "cifar10", "data", "8097"
-    given = [word for key, value in flags.items() if value not in defaults for word in (f"--{key}", value)]
+    defaults = dict(dataset="cifar10", data="data", port="8097")
+    changed = {key: value for key, value in flags.items() if value and value != defaults.get(key)}
+    given = [word for key, value in changed.items() for word in (f"--{key}", value)]
     quote = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     command = f"<code>{html.escape(quote(['python', 'Myvisdom.py', '--explore', *given]))}</code>"
     if is_explorer_open(handler):
