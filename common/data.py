@@ -205,12 +205,16 @@ def _image_folders(root, splits):
 
 
 def _load_cache(path):
-    """{split: {a file's `_key`: image}} as `_save_cache` saved it; {} if it did not."""
+    """{split: {a file's `_key`: image}} as `_save_cache` saved it; {} if there is none, or it is damaged.
+    Raises `UserError` if the file has something else."""
     try:
         saved = checkpoint.load(path)
-        return {split: dict(zip(part["keys"].splitlines(), part["images"])) for split, part in saved.items()}
-    except (UserError, OSError, KeyError, TypeError, AttributeError, IndexError):
+    except (UserError, OSError):
         return {}
+    try:
+        return {split: dict(zip(part["keys"].splitlines(), part["images"])) for split, part in saved.items()}
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} is where decoded images are kept, and has something else: move it elsewhere")
 
 
 def _save_cache(cache, path):

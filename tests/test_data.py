@@ -62,6 +62,12 @@ def test_cache_is_used_and_notices_a_changed_folder(image_folders, tmp_path, mon
 
     (root / "decoded.pt").write_bytes(b"rubbish")
     assert len(data.load("cifar10", root).test_images) == 29
+    for results in torch.arange(10), "a note", torch.zeros(()):  # the user's
+        torch.save({"results": results}, root / "decoded.pt")
+        before = (root / "decoded.pt").read_bytes()
+        with pytest.raises(UserError, match="decoded.pt is where .* has something else: move it elsewhere"):
+            data.load("cifar10", root)
+        assert (root / "decoded.pt").read_bytes() == before
 
 
 def test_a_new_time_alone_is_a_change(image_folders, tmp_path, monkeypatch):
