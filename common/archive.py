@@ -71,9 +71,8 @@ def _download(folder, problem):
     from torchvision.datasets import CIFAR10
 
     print(f"{problem}: downloading its python archive, 170 MB, to {folder} …", flush=True)
-    for leftover in folder.glob(
-        f"{PACKED}.{'[0-9a-f]' * 32}.tmp"
-    ):  # of a start that was killed, or of one that is at it now
+    # What a start that was killed has left; but a recent one may be that of another that is at it now.
+    for leftover in folder.glob(f"{PACKED}.{'[0-9a-f]' * 32}.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 10 * TIMEOUT:
                 leftover.unlink()

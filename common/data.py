@@ -214,7 +214,9 @@ def _load_cache(path):
     try:
         return {split: dict(zip(part["keys"].splitlines(), part["images"])) for split, part in saved.items()}
     except (KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path} is where decoded images are kept, and has something else: move it elsewhere")
+        raise UserError(
+            f"{path} is where decoded images are kept, but holds something else: move it elsewhere"
+        )
 
 
 def _save_cache(cache, path):

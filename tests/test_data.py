@@ -65,7 +65,7 @@ def test_cache_is_used_and_notices_a_changed_folder(image_folders, tmp_path, mon
     for results in torch.arange(10), "a note", torch.zeros(()):  # the user's
         torch.save({"results": results}, root / "decoded.pt")
         before = (root / "decoded.pt").read_bytes()
-        with pytest.raises(UserError, match="decoded.pt is where .* has something else: move it elsewhere"):
+        with pytest.raises(UserError, match="decoded.pt is where .* holds something else: move it elsewhere"):
             data.load("cifar10", root)
         assert (root / "decoded.pt").read_bytes() == before
 
