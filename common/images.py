@@ -18,13 +18,8 @@ FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"  # not those for wh
 READABLE = "PNG, JPEG, GIF, BMP, PPM, TIFF or WebP"
 EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
 DEPTHS = 1, 255, 1023, 4095, 65535  # the largest value of an image of floats, or of 8, 10, 12 or 16 bits
-BRANDS = {
-    b"hei": "HEIC",
-    b"hev": "HEIC",
-    b"mif": "HEIC",
-    b"msf": "HEIC",
-    b"avi": "AVIF",
-}  # by their first letters
+# What formats call themselves, by the first letters of their name in a file.
+BRANDS = {b"hei": "HEIC", b"hev": "HEIC", b"mif": "HEIC", b"msf": "HEIC", b"avi": "AVIF"}
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # where PIL has doubts, the image is read without a word
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -145,9 +140,8 @@ def crop_and_shrink(image, crop=None):
     """A PIL image in mode RGB or RGBA as uint8 [3, 32, 32] or [3, crop, crop], as `read_image` says. For a
     `crop` of 224 the shorter side becomes 256, as in what torchvision's ImageNet weights come with."""
     if crop:
-        width, height = (
-            min(length, 8 * min(image.size)) for length in image.size
-        )  # a ribbon fills the memory
+        longest = 8 * min(image.size)  # a ribbon would fill the memory
+        width, height = (min(length, longest) for length in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
         side, shorter = round(crop * 256 / 224), min(image.size)

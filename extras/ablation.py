@@ -43,11 +43,9 @@ def draw_changes(axes, values, rows, columns, label):
     limit = float(values.abs().max()) or 1.0
     shown = axes.imshow(values.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(values.numpy()):
-        text, color = (
-            f"{value:+.1f}" if abs(value) >= 0.05 else "0",
-            "white" if abs(value) > limit / 2 else "black",
-        )
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+        text, dark = f"{value:+.1f}" if abs(value) >= 0.05 else "0", abs(value) > limit / 2
+        options = dict(ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axes.text(column, row, text, **options)
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.figure.colorbar(shown, ax=axes, label=label, shrink=0.6)
