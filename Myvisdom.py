@@ -241,8 +241,8 @@ def keep_front(port):
 def main(argv=None):
     parser = cli.parser(__doc__, "network", "data", "port")
     parser.add_argument("--explore", action="store_true", help="open a page for looking inside a network")
-    image_help = "with --explore: an image file, or a folder of them, to look at; may be given several times"
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image_help)
+    image_help = "with --explore: image N of the test set, an image file or a folder of them; may be repeated"
+    parser.add_argument("--image", action="append", default=[], metavar="N|FILE", help=image_help)
     args = parser.parse_args(argv)
     if not args.explore and (args.image or args.weights):
         parser.error("--image and --weights go with --explore")

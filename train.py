@@ -23,7 +23,7 @@ from torch.fx.experimental.optimization import fuse
 from common import checkpoint, cli, data, distributed, figures, inside, weights
 from common.device import autocast, describe, select_device, select_precision
 from common.history import schedule
-from common.network import load_network
+from common.network import network_from_flags
 from common.page import client
 from common.run import Run, archive_previous, load_for_resume, locked
 
@@ -65,29 +65,27 @@ RECIPES = {
         std=(0.5, 0.5, 0.5),
     ),
 }
+EVALUATED = "weights", "mean", "std", "classes"  # flags that say what --evaluate evaluates
 EVALUATION_BATCH = 128  # more is slower on a CPU: the activations no longer fit its caches
 
 
 def parse(argv):
     """The flags, with --out as a path."""
-    parser = cli.parser(__doc__, "data", "dataset", "weights", "device", "port")
+    parser = cli.parser(__doc__, "data", "dataset", *EVALUATED, "device", "port")
     add, whole, real = parser.add_argument, cli.number(int, 1), cli.number(float, 0)
     add("--recipe", choices=list(RECIPES), help="the settings to train with (default: standard, or digits)")
-    add(
-        "--epochs",
-        type=cli.number(int, 1, 100_000),
-        metavar="N",
-        help="passes over the data (default: the recipe's)",
-    )
+    add("--epochs", type=cli.number(int, 1, 100_000), metavar="N", help="passes over the data (default: the "
+        "recipe's)")  # fmt: skip
     add("--batch-size", type=cli.number(int, 2), metavar="N", help="images in a step (default: the recipe's)")
-    add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="image size in all epochs")
+    add("--size", type=cli.number(int, 32, 1024), metavar="PX", help="image size, in all epochs or to "
+        "--evaluate at")  # fmt: skip
     add("--lr", type=real, help="the (peak) learning rate (default: the recipe's)")
     add("--seed", type=cli.number(int, 0, 2**31), metavar="N", help="seed of everything random (default: 0)")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="number format (default: auto)")
     add("--limit", type=cli.number(int, 2), metavar="N", help="train on the first N images only")
     add("--holdout", type=whole, metavar="N", help="evaluate on the last N training images, held out")
     add("--out", metavar="DIR", help="where the run is written (default: runs/<dataset>); with "
-        "--evaluate, the confusion matrix (default: figures)")  # fmt: skip
+        "--evaluate, the confusion matrix and the mistakes (default: figures)")  # fmt: skip
     add("--resume", action="store_true", help="continue the run in --out")
     add("--init", metavar="FILE", help="start from these weights instead of random ones: as --weights of the "
         "other scripts, imagenet too")  # fmt: skip
@@ -97,13 +95,13 @@ def parse(argv):
     add("--sync-bn", action="store_true", help="batch norms see the whole batch (with torchrun on CUDA only)")
     add("--no-visdom", action="store_true", help="no live page")
     args = parser.parse_args(argv)
-    if args.weights and not args.evaluate:
-        parser.error("--weights goes with --evaluate")
+    given = {name for name, value in vars(args).items() if value is not None}
+    if not args.evaluate and (useless := given.intersection(EVALUATED)):
+        parser.error(f"--{min(useless)} goes with --evaluate")
     if args.resume + args.evaluate + bool(args.init) > 1:
         parser.error("--resume, --evaluate and --init exclude each other")
-    training = "recipe epochs batch_size lr seed limit".split()
-    if args.evaluate and (useless := [name for name in training if getattr(args, name) is not None]):
-        parser.error(f"--{useless[0].replace('_', '-')} is for training, not for --evaluate")
+    if args.evaluate and (useless := given & {"recipe", "epochs", "batch_size", "lr", "seed", "limit"}):
+        parser.error(f"--{min(useless).replace('_', '-')} is for training, not for --evaluate")
     if args.sync_bn and not (distributed.WORLD_SIZE > 1 and torch.cuda.is_available()):
         parser.error("--sync-bn needs torchrun and CUDA: leave it out")
     args.out = Path(args.out or ("figures" if args.evaluate else f"runs/{args.dataset}"))
@@ -150,7 +148,7 @@ def learning_rate(settings, progress):
 @torch.inference_mode()
 def evaluate(model, images, labels, size, settings, progress=""):
     """(mean cross-entropy loss, accuracy 0 … 1, logits float32 [N, classes]) for uint8 images [N, 3, 32, 32]
-    resized to `size`, shared by the processes. `progress` names the progress bar."""
+    resized to `size`, and labels int64 [N], shared by the processes. `progress` names the progress bar."""
     model = fuse(model.eval())  # a copy, whose convolutions do the work of the batch norms after them
     logits, quiet = [], not progress or distributed.RANK > 0
     for x in cli.progress_bar(distributed.shard(images).split(EVALUATION_BATCH), progress, disable=quiet):
@@ -163,8 +161,9 @@ def evaluate(model, images, labels, size, settings, progress=""):
 
 
 def backward(model, images, labels, batch, size, settings, scaler, micro_batches=1):
-    """Adds the gradient of the batch's mean loss to the weights' `grad`. Each process takes its shard of the
-    batch, in `micro_batches` parts one after the other. Returns its mean [loss, accuracy], a tensor."""
+    """Adds the gradient of the mean loss of `batch`, a `data.Batch` of uint8 images [N, 3, 32, 32] and labels
+    int64 [N], to the weights' `grad`. Each process takes its shard of the batch, in `micro_batches` parts one
+    after the other. Returns the batch's mean [loss, accuracy], a tensor."""
     count, result = len(batch.indices), torch.zeros(2, device=images.device)
     shards = [distributed.shard(field).tensor_split(micro_batches) for field in batch]
     for i in range(micro_batches):
@@ -195,8 +194,9 @@ class NoPage(contextlib.nullcontext):
 
 def train(run, dataset, page, save_every, micro_batches=1, sync_bn=False):
     """Trains `run` to its end, saving it after each epoch and every `save_every` minutes; `micro_batches` are
-    those of `backward`. Ctrl-C and SIGTERM end it after a step, saved. Returns the signal that ended it or 0.
-    Raises `UserError` when a loss is not finite, and when it cannot save the run at its start or end."""
+    those of `backward`. Ctrl-C, SIGTERM and a closed terminal end it after a step, saved. Returns the signal
+    that ended it or 0. Raises `UserError` when a loss or the weights are not finite, and when it cannot save
+    the run at its start or end."""
     model = distributed.data_parallel(run.model, sync_bn)
     pixels = np.repeat(run.settings["sizes"], run.steps) ** 2  # of an iteration, a measure of its time
     work = np.append(0, pixels.cumsum())  # done after 0, 1, 2, … iterations
@@ -394,11 +394,11 @@ def start_or_resume(args, device):
 
 def evaluate_weights(args, device):
     """--evaluate: prints the accuracy of a network, of each class too, and draws its confusion matrix."""
-    network = load_network(args.weights, args.dataset, device)
+    network = network_from_flags(args)
     dataset = load_data(args, dict(holdout=args.holdout, limit=None), device, network.classes)
-    precision, size = select_precision(args.precision or "auto", device), args.size or network.size
+    precision = select_precision(args.precision or "auto", device)
     settings = dict(mean=network.mean, std=network.std, precision=precision)
-    accuracy, logits = report_accuracy(network.model, dataset, dataset.test_split, size, settings)
+    accuracy, logits = report_accuracy(network.model, dataset, dataset.test_split, network.size, settings)
     if distributed.RANK:
         return  # the first process reports
     counts = figures.confusion_matrix(dataset.test_labels, logits)
@@ -410,7 +410,8 @@ def evaluate_weights(args, device):
     print(checkpoint.save_table(rows, args.out / "mistakes.csv"))
     if mistakes:
         flags = non_default_flags(args, weights="None", dataset="cifar10", data="data")
-        command = f"python -m extras.decision --image NUMBER{flags}" if dataset.test_split == "test" else None
+        shown = dataset.test_split == "test" and not network.photographs  # by its number
+        command = f"python -m extras.decision --image NUMBER{flags}" if shown else None
         sheet = figures.mistakes(dataset.test_images, mistakes, dataset.test_split, command)
         client.save_figure(sheet, args, "mistakes.png")
     for name, row, correct in zip(dataset.classes, counts, counts.diagonal()):

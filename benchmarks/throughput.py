@@ -136,7 +136,8 @@ def spread(values):
 def main(argv=None):
     parser = cli.parser(__doc__, "device")
     add, sizes = parser.add_argument, sorted(train.RECIPES["standard"]["sizes"], reverse=True)
-    add("--sizes", type=cli.number(int, 32, 1024), nargs="+", default=sizes, metavar="PX")
+    add("--sizes", type=cli.number(int, 32, 1024), nargs="+", default=sizes, metavar="PX",
+        help="image sizes to measure at (default: those of the default recipe)")  # fmt: skip
     add("--steps", type=cli.number(int, 6), default=10, metavar="N", help="steps of 128 images (default: 10)")
     add("--rounds", type=cli.number(int, 1), default=3, metavar="N", help="how often (default: 3)")
     add("--workers", type=cli.number(int, 0), nargs="+", default=[0, 1, 2], metavar="N",
@@ -158,7 +159,7 @@ def main(argv=None):
         runs.append((project, job))
         results = np.array([[measure(pipeline, **options) for pipeline, options in runs] for _ in rounds])
         plain, tuned, new = np.median(results, 0)  # of [rounds, runs, parts]
-        print(f"\n{f'{size} px':<22}{'baseline':<28}{'tuned baseline':<28}{'project':<28}against each")
+        print(f"\n{f'{size} px':<22}{'baseline':<28}{'tuned baseline':<28}{'train.py':<28}against each")
         for i, part in enumerate(("training   images/s", "evaluation images/s", "memory     peak GB")):
             columns = "".join(spread(values) for values in results[:, :, i].T)
             print(f"  {part:<20}{columns}{new[i] / plain[i]:.2f}×, {new[i] / tuned[i]:.2f}×", flush=True)

@@ -71,7 +71,7 @@ def _download(folder, problem):
     from torchvision.datasets import CIFAR10
 
     print(f"{problem}: downloading its python archive, 170 MB, to {folder} …", flush=True)
-    # What a start that was killed has left; but a recent one may be that of another that is at it now.
+    # Partial downloads that were killed; a recent one may be of another process that is still downloading.
     for leftover in folder.glob(f"{PACKED}.{'[0-9a-f]' * 32}.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 10 * TIMEOUT:

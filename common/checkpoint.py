@@ -82,7 +82,7 @@ def load(path):
         if isinstance(error, MemoryError) or getattr(error, "filename", None):  # it cannot be read at all
             raise
         with open(path, "rb") as file:
-            pickled = re.match(rb"\x80[\x03-\x05]", file.read(2))  # by pickle itself: torch's protocol is 2
+            pickled = re.match(rb"\x80[\x03-\x05]", file.read(2))  # not torch.save's protocol, 2
         if pickled or re.search("GLOBAL|TorchScript|Can only (create|build)|call reduce", str(error)):
             objects = "holds pickled objects, which are not loaded since they can run code"
             raise UserError(f"{path} {objects}: save a state dict instead, torch.save(model.state_dict(), …)")

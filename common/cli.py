@@ -108,7 +108,7 @@ def by_torchrun():
 def prepare_output():
     """Makes stdout and stderr fit to be printed to, whatever the script was started with: what their encoding
     lacks is printed as "?", and one that is closed, as under pythonw, is the null device."""
-    for name in "stdin", "stdout", "stderr":  # in the order of their numbers, which no other file must get
+    for name in "stdin", "stdout", "stderr":  # 0, 1 and 2, which no other file may get
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
@@ -190,7 +190,8 @@ def number(kind, low, high=math.inf):
 
 FLAGS = {
     "data": dict(default="data", metavar="DIR", help="where CIFAR-10 is: its python archive, or images as "
-        "train/<class>/* and test/<class>/* (default: data; what needs all of it downloads it there)"),
+        "train/<class>/* and test/<class>/* (default: data; what needs all of it, or a test image by its "
+        "number, downloads it there)"),
     "dataset": dict(default="cifar10", choices=["cifar10", "digits"], help="digits: the 1,797 handwritten "
         "digits of scikit-learn, to try everything with no download (default: cifar10)"),
     "weights": dict(metavar="FILE", help="the trained network: what train.py wrote, any ResNet-18 of "
@@ -208,7 +209,7 @@ FLAGS = {
         "(default: 0, or without CIFAR-10 a photograph of a cat)"),
     "class": dict(dest="names", action="append", default=[], metavar="NAME", help="a class to compare with "
         "the predicted one; where several can be drawn, it may be given more than once (default: the second "
-        "most probable, or for extras.decision that of a test image that the network gets wrong)"),
+        "most probable, or for extras.decision the true class of a test image that the network gets wrong)"),
     "map": dict(default="strongest:1", metavar="N", help="a feature map, counted from 0; several as 7,43; "
         "where it is about one image, also strongest:K by mean activation (default: %(default)s)"),
     "layer": dict(default="conv5_x", choices=["conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x"],

@@ -42,7 +42,8 @@ def png(figure):
 
 
 def show(axes, image, **options):
-    """Draws an image, uint8 [3, H, W], float [3, H, W] in 0 … 1 or any [1, H, W], without ticks."""
+    """Draws an image, uint8 [3, H, W], float [3, H, W] in 0 … 1 or any [1, H, W], without ticks. Returns what
+    a colour bar takes."""
     axes.set(xticks=[], yticks=[])
     return axes.imshow(image.detach().permute(1, 2, 0).cpu().numpy(), **options)
 

@@ -18,8 +18,8 @@ class History:
     """What is known of a training run: from its checkpoint `settings`, `source` and `accuracy`; from the
     tables beside that `epochs` (rows of metrics.csv), `losses` (of loss.csv) and `counts` (of confusion.csv,
     as `figures.confusion_matrix`) of `classes`. What is not known is empty, and so is what does not fit the
-    checkpoint. `path` is a file of weights, or a folder with tables alone; `flag` names another. Raises
-    `UserError`."""
+    checkpoint. `path` is a file of weights, or a folder with tables alone; an error names `flag`
+    as the way to another one. Raises `UserError`."""
 
     def __init__(self, path, flag="--weights"):
         path = Path(path)

@@ -16,7 +16,8 @@ STAGES = "conv1 conv2_x conv3_x conv4_x conv5_x".split()  # the layers that have
 
 def feature_maps(model, x, *layers):
     """The feature maps [N, channels, h, w] of each of the named layers, from one forward pass of `x`,
-    [N, 3, H, W], normalised. They stay in the graph where `x` requires a gradient."""
+    [N, 3, H, W], normalised; of "fc" the logits [N, classes]. They stay in the graph where `x` requires a
+    gradient."""
     modules, maps = [model.get_submodule(name) for name in layers], {}
 
     def forward_hook(module, args, output):
@@ -78,8 +79,8 @@ def mistakes(labels, logits, classes):
 
 
 def choose_classes(probabilities, classes, names):
-    """The numbers of the most probable class and of those that --class `names`, or else of the second most
-    probable, from probabilities [classes]. Raises `UserError`."""
+    """The numbers of the most probable class and of the classes in `names` (--class), or else of the second
+    most probable, from probabilities [classes]. Raises `UserError`."""
     if unknown := set(names) - set(classes):
         raise UserError(f"no class {unknown.pop()!r}: --class takes {', '.join(classes)}")
     order = probabilities.argsort(descending=True).tolist()

@@ -27,7 +27,8 @@ class Run:
     """The state of a run: `model`, `optimizers`, `scaler`, and in `history` what happened, per iteration
     and per epoch (the rows of metrics.csv). With the seed the history says what comes next, so no other state
     needs to be saved. `out` is the run's folder, `saved` a checkpoint to go on from, `init` a state dict to
-    start from, whose fc is skipped if its number of classes differs."""
+    start from, whose fc is skipped if its number of classes differs. Raises `UserError` if `saved` is
+    damaged."""
 
     def __init__(self, settings, dataset, out, device, saved=None, init=None):
         self.settings, self.out, self.last = settings, out, out / "last.pt"

@@ -15,7 +15,8 @@ from MyResnet import ResNet18, to_torchvision
 
 def read(path, flag="--weights"):
     """(state dict of a `ResNet18`, float32 on the CPU; what else the file holds, a dictionary). Raises
-    `UserError` if there is no file, or no ResNet-18 with finite weights in it: `flag` names another."""
+    `UserError` if there is no file, or no ResNet-18 with finite weights in it; that names `flag` as the way
+    to another file."""
     content = _content(path, flag)
     found = _state_dict(content)
     if found is None:

@@ -21,7 +21,7 @@ after the other, first those whose absence raises the loss least: {} of {} cost 
 
 def ablate(model, means, labels):
     """What the maps of conv5_x are worth, from their mean activations [maps, N] and labels [N] on the CPU:
-    (accuracy 0 … 1 of all images and of each class, without none and without each map, [1 + maps, 1 +
+    (accuracy 0 … 1 of all images and of each class, with all maps and without each, [1 + maps, 1 +
     classes]; the maps, first those whose absence raises the mean cross-entropy least, int64 [maps]; accuracy
     of all images without the first 0, 1, … of these, [1 + maps])."""
     weight, logits = model.fc.weight.detach().cpu(), inside.logits(model, means)

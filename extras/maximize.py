@@ -34,7 +34,7 @@ def to_image(spectrum):
 
 
 def jitter(image, generator):
-    """The image turned by up to 5°, scaled by up to 5 % and moved by up to 8 of 224 px, at random."""
+    """The image [1, 3, S, S], turned by up to 5°, scaled by up to 5 % and moved by up to 8 of 224 px."""
     turn, scale, right, down = (2 * torch.rand(4, generator=generator) - 1).tolist()
     turn, scale = math.radians(5 * turn), 1 + 0.05 * scale
     c, s = scale * math.cos(turn), scale * math.sin(turn)
@@ -44,7 +44,8 @@ def jitter(image, generator):
 
 
 def mean_activation(network, image, layer, channel, leak=0.0):
-    """Of map `channel` of `layer`, for an image [1, 3, S, S] in 0 … 1; `leak` is the ReLU's slope below 0."""
+    """The mean activation, a scalar tensor, of map `channel` of `layer` for an image [1, 3, S, S] in 0 … 1;
+    `leak` is the slope of its ReLU below 0."""
     relu = [m for m in network.model.get_submodule(layer).modules() if isinstance(m, torch.nn.ReLU)][-1]
     before = []  # the maps before that ReLU, [1, channels, h, w]
     with relu.register_forward_pre_hook(lambda module, inputs: before.extend(inputs)):

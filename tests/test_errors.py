@@ -124,6 +124,7 @@ WRONG = [
     (train, f"{TRAIN} --out file", "cannot make the folder file"),
     (train, f"{TRAIN} --out file/below", "cannot make the folder file/below"),
     (train, f"{TRAIN} --weights run/weights.pt", "--weights goes with --evaluate"),
+    (train, f"{TRAIN} --mean 0.5 0.5 0.5", "--mean goes with --evaluate"),
     (train, "--resume --out nowhere", "no run to resume in nowhere"),
     (train, "--resume --evaluate", "--resume, --evaluate and --init exclude each other"),
     (train, "--resume --out run --epochs 9 --dataset digits", "from its weights with --init run/weights.pt"),

@@ -14,7 +14,9 @@ from common import cli, data, device
 from common.cli import UserError
 from common.device import select_precision
 from common.muon import Muon
+from common.network import load_network
 from common.run import Run
+from MyResnet import to_torchvision
 
 CPU = torch.device("cpu")
 
@@ -215,6 +217,20 @@ def test_evaluate_prints_what_training_printed(run, tmp_path, capsys):
     right, of = (sum(int(row[i]) for row in classes) for i in (1, 3))
     assert of == 360 and right / of == pytest.approx(float(last["test_accuracy"]))
     assert f"{tmp_path}/confusion.png" in printed and (tmp_path / "confusion.png").exists()
+
+
+def test_evaluate_takes_the_weights_of_torchvisions_network(run, tmp_path, capsys):
+    ours = load_network(run / "weights.pt", "digits", CPU)
+    torch.save(to_torchvision(ours.model.state_dict()), tmp_path / "theirs.pth")
+    (tmp_path / "names.txt").write_text("\n".join(ours.classes), encoding="utf-8")
+    theirs = ["--weights", str(tmp_path / "theirs.pth"), "--classes", str(tmp_path / "names.txt")]
+    theirs += ["--size", "32", "--mean", *map(str, ours.mean), "--std", *map(str, ours.std)]
+    accuracies = []
+    for flags in theirs, ["--weights", str(run / "weights.pt")]:
+        flags += ["--dataset", "digits", "--precision", "fp32", "--out", str(tmp_path)]
+        train.main(["--evaluate", *flags])
+        accuracies.append(re.search(r"at 32 px: accuracy \S+ loss \S+", capsys.readouterr().out)[0])
+    assert accuracies[0] == accuracies[1]
 
 
 def test_evaluation_is_cross_entropy_and_accuracy_of_all_images(run):

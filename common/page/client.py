@@ -80,7 +80,8 @@ def connect(port, env, events=False):
     from common.page.server import visdom
 
     class Client(visdom.Visdom):
-        """A server that hangs makes visdom's own client wait for ever, and that of 0.3 leaves a thread."""
+        """visdom's client with a time limit, since its own waits for ever on a server that hangs, and without
+        the thread that visdom 0.3 leaves behind."""
 
         def _start_session_reaper(self):
             pass
@@ -107,7 +108,7 @@ def connect(port, env, events=False):
 
 def draw(client, title, traces, x="", y="", size=(400, 335), win=None, **layout):
     """A pane of plotly traces, called `title`: visdom's own `bar` and `heatmap` lack what ours need. `win`
-    is the pane whose place it takes, if that has had another title."""
+    is the pane's name, for one whose title changes."""
     legend = len(traces) > 1
     layout = dict(margin=dict(l=52, r=14, t=30 if legend else 10, b=40), showlegend=legend) | layout
     layout["legend"] = dict(orientation="h", x=0, y=1, yanchor="bottom", bgcolor="rgba(0, 0, 0, 0)")

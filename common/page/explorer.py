@@ -274,7 +274,8 @@ class Explorer:
             self._draw_responses()
 
     def track(self, parts):
-        """Yields the parts, tells on the page how many are done, and lets what must be answered go first."""
+        """Yields the parts, tells on the page how many are done, and waits while a choice or click is being
+        answered. Raises `ConnectionError` when the explorer ends."""
         told = 0
         for i, part in enumerate(parts):
             while self.lock.locked():

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from common.cli import port_flag
 
 TIME = "%Y-%m-%d %H:%M:%S"  # the form of a time in the pane "Run"
-SILENT = 60  # seconds after which a page that its run no longer draws is that of a run that was interrupted
+SILENT = 60  # seconds without a change, after which a run that says "running" is called interrupted
 COMMANDS = {
     "python train.py": "train ResNet-18 on CIFAR-10, with live curves here",
     "python train.py --dataset digits": "the same on scikit-learn's digits, in minutes and with no download",
