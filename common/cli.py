@@ -108,7 +108,7 @@ def by_torchrun():
 def prepare_output():
     """Makes stdout and stderr fit to be printed to, whatever the script was started with: what their encoding
     lacks is printed as "?", and one that is closed, as under pythonw, is the null device."""
-    for name in "stdin", "stdout", "stderr":  # 0, 1 and 2, which no other file may get
+    for name in "stdin", "stdout", "stderr":  # descriptors 0, 1 and 2, which no other file may get
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))

@@ -50,7 +50,7 @@ def load(name, directory, classes=None, splits=SPLITS):
     other classes than `classes`, those of a network."""
     if classes is not None and list(classes) != CLASSES[name]:
         fits = [f"--dataset {other}" for other in CLASSES if list(classes) == CLASSES[other]]
-        way_out = fits[0] if fits else "name others with --weights, or the right ones with --classes"
+        way_out = fits[0] if fits else "name others with --weights, or the right classes with --classes"
         raise UserError(f"these weights are for other classes than those of {name}: {way_out}")
     if name == "digits":
         return _digits()

@@ -34,7 +34,8 @@ def to_image(spectrum):
 
 
 def jitter(image, generator):
-    """The image [1, 3, S, S], turned by up to 5°, scaled by up to 5 % and moved by up to 8 of 224 px."""
+    """The image [1, 3, S, S], turned by up to 5°, scaled by up to 5 % and moved by up to 8 of 224 px at
+    random."""
     turn, scale, right, down = (2 * torch.rand(4, generator=generator) - 1).tolist()
     turn, scale = math.radians(5 * turn), 1 + 0.05 * scale
     c, s = scale * math.cos(turn), scale * math.sin(turn)
